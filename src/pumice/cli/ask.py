@@ -58,6 +58,8 @@ def ask(
             raise InputError(f"--batch reads its questions from the file; leave out {arguments[-1]!r}")
         if out is None:
             raise InputError("--batch needs --out OUT.jsonl, where the answers go")
+        if frames is not None:
+            raise InputError("--frames is for one question; --batch takes the frames that the model knows")
         _ask_batch(batch, out, model, opening, slots, as_json, sampling.given())
         return
     *images, question = arguments or [""]
@@ -114,10 +116,10 @@ def _is_image_path(text: str) -> bool:
 
 def _open(path: str, frames: int | None) -> Any:
     """Return a picture, or a video: an animation is one only where frames are asked for."""
-    from pumice.images import open_image
+    from pumice.images import is_animated, open_image
     from pumice.video import is_video
 
-    shown = Path(path).is_file() and (frames is not None or is_video(path))
+    shown = Path(path).is_file() and (is_video(path) or (frames is not None and is_animated(path)))
     return Video(path, frames) if shown else open_image(path)
 
 
@@ -133,12 +135,16 @@ def _ask_one(
 ) -> None:
     # Before torch is imported, so that a wrong path fails at once.
     opened = [_open(path, frames) for path in images]
+    if frames is not None and not any(isinstance(media, Video) for media in opened):
+        raise InputError("--frames is for a video or an animation, and none is shown; leave it out")
     if out is not None and isinstance(opened[-1], Video):
         raise InputError(f"--out {out} draws boxes on a picture, {images[-1]!r} is a video; leave it out")
     options.share_cores()
     from pumice.assistant import CHUNK_SHOWN
     from pumice.conversation import Conversation, question_message
+    from pumice.engine.sampling import SamplingParams
 
+    SamplingParams(**sampling)  # raises before the model is loaded
     assistant = opening.load(model, chunk=CHUNK_SHOWN)
     reply = assistant.stream(Conversation((question_message(question, opened),)), **sampling)
     pieces = []
