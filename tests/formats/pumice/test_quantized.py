@@ -299,3 +299,11 @@ def test_a_built_in_model_is_quantised_once(
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("a file is in the way")
     assert torch.equal(data(), first)
+
+
+def test_weights_that_stay_in_fewer_bits_than_asked_for_are_told(folder: Path, tmp_path: Path) -> None:
+    again = import_model(str(folder), tmp_path / "again", quantize="int8")
+    assert [note for note in again.summary()["notes"] if note.startswith("matrices in Q4_1 stay so: int8")]
+    assert "Q4_1" in again.summary()["types"]
+    fewer = import_model(str(folder), tmp_path / "fewer", quantize="int4")
+    assert not [note for note in fewer.summary()["notes"] if "stay so" in note]

@@ -222,8 +222,10 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
     over. Files of the old folder that are not a model's are moved to the new one.
     """
     target = Path(folder).resolve()
-    if target.exists() and not target.is_dir():
-        raise InputError(f"cannot write the model folder {folder}: a file of that name is in the way")
+    nearest = next(path for path in (target, *target.parents) if path.exists())
+    if not nearest.is_dir():
+        name = "of that name" if nearest == target else f"'{nearest}'"
+        raise InputError(f"cannot write the model folder {folder}: a file {name} is in the way")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
