@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,30 @@ def test_a_new_folder_is_not_there_until_it_is_whole(tmp_path: Path) -> None:
         (fresh / "half").touch()
         raise OSError("full")
     assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    """Not what another process still writes, and not an old model that was about to be replaced."""
+    code = (
+        "import os, sys\n"
+        "from pumice.formats.pumice.folder import replacing\n"
+        "with replacing(sys.argv[1]) as fresh:\n"
+        "    (fresh / 'half').touch()\n"
+        "    os._exit(1)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "m"], check=False)
+    [left] = tmp_path.iterdir()
+    assert (left / "new" / "half").is_file()
+    with replacing(tmp_path / "m"):
+        assert not left.exists()
+        with replacing(tmp_path / "m"):
+            assert len(list(tmp_path.iterdir())) == 2
+    subprocess.run([sys.executable, "-c", code, tmp_path / "m"], check=False)
+    [left] = tmp_path.glob(".m.*")
+    (left / "old").mkdir()
+    with replacing(tmp_path / "m"):
+        pass
+    assert sorted(tmp_path.iterdir()) == [left, tmp_path / "m"]
 
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
