@@ -40,9 +40,11 @@ def test_failed_work_is_status_1(run: Any, folder: Path, monkeypatch: pytest.Mon
     assert result.stderr == "pumice: [Errno 28] No space left on device\n"
 
 
-@pytest.mark.parametrize("by", ["torch", "python"])
+@pytest.mark.parametrize("by", ["torch", "python", "mmap"])
 def test_no_memory_is_one_sentence(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
     def stream(*_: Any, **__: Any) -> Any:
+        if by == "mmap":
+            raise RuntimeError("unable to mmap 9 bytes from file <m>: Cannot allocate memory (12)")
         return torch.empty(1 << 46) if by == "torch" else bytearray(1 << 62)
 
     monkeypatch.setattr(Assistant, "stream", stream)

@@ -36,8 +36,8 @@ _MORE_MEMORY = "close other programs, or use a smaller model; `pumice plan` says
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Return whether there was no memory. PyTorch says so in words on a CPU (Windows has its own)."""
-    words = ("can't allocate memory", "not enough memory")
+    """Return whether there was no memory. PyTorch and safetensors say so in words."""
+    words = ("allocate memory", "not enough memory")  # the first also of a file that cannot be mapped
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
