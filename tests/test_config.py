@@ -175,6 +175,12 @@ def test_left_out_keys_take_their_defaults() -> None:
             f"config.json has pumice_format 7, this version reads {FORMAT_VERSION}; update Pumice, or write "
             "the folder anew with a version that reads it",
         ),
+        (
+            ("pumice_format",),
+            str(FORMAT_VERSION),
+            f'config.json has pumice_format "{FORMAT_VERSION}", this version reads {FORMAT_VERSION}; '
+            "update Pumice, or write the folder anew with a version that reads it",
+        ),
     ],
 )
 def test_wrong_values_are_named_with_their_place(path: tuple[str, ...], value: Any, message: str) -> None:
@@ -199,7 +205,7 @@ def test_missing_keys_are_named(key: str) -> None:
 def test_a_file_without_a_version_is_not_ours() -> None:
     values = plain()
     del values["pumice_format"]
-    with pytest.raises(InputError, match=r"^config\.json has pumice_format None"):
+    with pytest.raises(InputError, match=r"^config\.json has pumice_format null"):
         ModelConfig.from_dict(values)
 
 

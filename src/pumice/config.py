@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -392,7 +393,7 @@ class ModelConfig:
         version = values.pop("pumice_format", None)
         if version != FORMAT_VERSION:
             raise InputError(
-                f"{location} has pumice_format {version}, this version reads {FORMAT_VERSION}; "
+                f"{location} has pumice_format {json.dumps(version)}, this version reads {FORMAT_VERSION}; "
                 "update Pumice, or write the folder anew with a version that reads it"
             )
         return typing.cast(ModelConfig, from_dict(cls, values, location))

@@ -24,7 +24,9 @@ VIDEO_PLACEHOLDER = "<video>"  # in rows of data
 ROLES = ("system", "user", "assistant")
 _FILES = r"(_?(path|file|name|url)s?)?"
 # How other programs name the key `image` of a row, and keys of what cannot be shown to a model here.
-_PICTURES = re.compile(rf"(image|img|picture|pic|photo)s?{_FILES}", re.IGNORECASE)
+_PICTURES = re.compile(
+    rf"(image|img|picture|pic|photo|frame|screenshot|figure|media|attachment)s?{_FILES}", re.IGNORECASE
+)
 _VIDEOS = re.compile(rf"videos?{_FILES}", re.IGNORECASE)
 _SOUNDS = re.compile(rf"(audio|sound)s?{_FILES}", re.IGNORECASE)
 

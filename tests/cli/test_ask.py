@@ -68,6 +68,39 @@ def test_without_memory_for_the_cache_the_reason_is_one_sentence(
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ask", "cat.png", "What?"],
+        ["chat", "cat.png"],
+        ["explain", "cat.png", "What?", "--out", "page.html"],
+    ],
+)
+def test_options_are_checked_before_the_model_is_opened(
+    run: Any, refused: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    def opened(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was opened first")
+
+    monkeypatch.setattr("pumice.assistant.load", opened)
+    refused(run(*command, "--max-new-tokens", "0"), "max_new_tokens is 0")
+    refused(run(*command, "--temperature", "-1"), "temperature is -1.0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["What?"], "--frames is for a video or an animation, and none is shown"),
+        (["cat.png", "What?"], "--frames is for a video or an animation, and none is shown"),
+        (["--batch", "rows.jsonl", "--out", "answers.jsonl"], "--frames is for one question"),
+    ],
+)
+def test_frames_are_not_left_out_without_a_word(
+    run: Any, refused: Any, folder: Path, arguments: list[str], message: str
+) -> None:
+    refused(run("ask", "--frames", "4", *arguments), message)
+
+
 @pytest.mark.parametrize("pictures", [[], ["cat.png"]])
 def test_the_word_image_is_asked_about(
     run: Any, folder: Path, tiny_folder: Path, pictures: list[str]

@@ -91,7 +91,16 @@ def test_rows_can_be_pickled_and_stay_small(tmp_path: Path) -> None:
 TEXT = [{"from": "human", "value": "What is it?"}, TURNS[1]]
 
 
-@pytest.mark.parametrize("key", ["Image", "imgs", "photo_files", "imgae", "image1", "image_name"])
+@pytest.mark.parametrize("answer", [{}, {"answer": None}, {"response": None}])
+def test_a_question_without_an_answer_is_told_as_such(tmp_path: Path, answer: dict[str, None]) -> None:
+    rows = write(tmp_path / "a.json", [{"id": 1, "image": "0.jpg", "question": "What?", **answer}])
+    with pytest.raises(InputError, match="'question' has no answer; add one, or remove the row"):
+        rows[0]
+
+
+@pytest.mark.parametrize(
+    "key", ["Image", "imgs", "photo_files", "imgae", "image1", "image_name", "media", "frame_paths"]
+)
 def test_pictures_under_another_key_are_told(tmp_path: Path, key: str) -> None:
     with pytest.raises(InputError, match=rf"the key '{key}' is not read; did you mean 'image'\?"):
         write(tmp_path / "a.json", [{"id": 1, key: ["a.jpg"], "conversations": TEXT}])[0]

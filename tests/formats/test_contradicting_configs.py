@@ -99,6 +99,13 @@ def test_an_unknown_class_is_told(
             "'llava', but the tensors hold image_newline",
         ),
         ("llava", {"image_token_id": 3, "image_token_index": 4}, "id is 3, but image_token_index is 4"),
+        ("llava", {"image_token_index": 4}, "index is 4, but the tokenizer gives <image> the id 3"),
+        ("llava", {"text_config__rope_theta": 5e5}, "rope_theta is 10000, but 500000.0 in"),
+        (
+            "llava",
+            {"text_config__rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_parameters and rope_scaling differ",
+        ),
         ("llava", {"mm_vision_tower": "x", "architectures": None}, "has mm_vision_tower, .* and text_config"),
     ],
 )

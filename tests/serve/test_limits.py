@@ -7,6 +7,7 @@ import json
 import socket
 import struct
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,9 +15,11 @@ import pytest
 from asking import ask, data_uri, picture, post, user_message
 
 from pumice import InputError
+from pumice.assistant import load
 from pumice.engine import sizes
 from pumice.engine.engine import Engine
 from pumice.serve.guard import Gate
+from pumice.serve.run import make_server
 from pumice.serve.settings import ServerSettings
 
 # a bitmap's header that claims 60,000 pixels a side
@@ -162,6 +165,16 @@ def test_what_the_cache_cannot_hold_names_the_field_to_change(local: Any) -> Non
             error = error_of(post(url, body, path), 400)
             assert (error["param"], error["code"]) == (param, "context_length_exceeded")
             assert "maximum context length is 60 tokens" in error["message"]
+
+
+@pytest.mark.parametrize(("tokens", "said"), [(60, 1), (10**4, 0), (None, 0)])
+def test_a_cache_that_limits_the_context_is_told_at_the_start(
+    tiny_folder: Path, caplog: pytest.LogCaptureFixture, tokens: int | None, said: int
+) -> None:
+    assistant = load(tiny_folder, device="cpu", quantize=None, cache_tokens=tokens)
+    make_server(assistant, ("tiny",), ServerSettings(port=0, cache_tokens=tokens).check())
+    told = [record for record in caplog.records if "--cache-tokens is less" in record.getMessage()]
+    assert [record.__dict__["fields"] for record in told] == said * [{"cache_tokens": 60, "context": 256}]
 
 
 def test_without_memory_for_the_cache_the_client_is_told_why(

@@ -18,6 +18,22 @@ def test_what_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
     assert len(str(caught.value)) < 500
 
 
+def test_what_is_missing_or_no_text_is_not_called_json_that_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    with pytest.raises(InputError) as caught:
+        read_json(path, "copy it again")
+    assert str(caught.value) == f"{path} is missing; copy it again"
+    path.write_bytes(b"\xff")
+    with pytest.raises(InputError) as caught:
+        read_json(path)
+    assert str(caught.value).startswith(f"{path} cannot be read: ")
+
+
+def test_a_byte_order_mark_and_line_ends_of_windows_are_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{\r\n"width": 7\r\n}\r\n')
+    assert read_json(tmp_path / "config.json") == {"width": 7}
+
+
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999", "1" + "0" * 400])
 def test_numbers_are_finite(tmp_path: Path, number: str) -> None:
     (tmp_path / "config.json").write_text(f'{{"eps": {number}}}')

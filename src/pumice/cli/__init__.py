@@ -32,6 +32,18 @@ from pumice.cli import (
 )
 from pumice.errors import InputError, WorkError
 
+_MORE_MEMORY = "close other programs, or use a smaller model; `pumice plan` says what it takes"
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Return whether there was no memory. PyTorch and safetensors say so in words."""
+    words = ("allocate memory", "not enough memory")  # the first also of a file that cannot be mapped
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(text in str(error) for text in words)
+    )
+
 
 class Commands(TyperGroup):
     """The group of commands. It turns an error of any command into one line and an exit status."""
@@ -39,6 +51,9 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.replace("Value error, ", "")  # a mark of pydantic's
+            raise
         except InputError as error:
             raise self._end(str(error), 2) from error
         except KeyboardInterrupt as error:
@@ -49,6 +64,11 @@ class Commands(TyperGroup):
             raise typer.Exit(1) from None
         except (OSError, WorkError) as error:
             raise self._end(str(error), 1) from error
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0] or "Python could get no more"
+            raise self._end(f"no memory is left ({reason}); {_MORE_MEMORY}", 1) from error
 
     @staticmethod
     def _end(message: str, status: int) -> typer.Exit:

@@ -120,9 +120,8 @@ def _open(path: str, frames: int | None) -> Any:
     from pumice.images import is_animated, open_image
     from pumice.video import is_video
 
-    if is_video(path) or (frames is not None and is_animated(path)):
-        return Video(path, frames)
-    return open_image(path)
+    shown = Path(path).is_file() and (is_video(path) or (frames is not None and is_animated(path)))
+    return Video(path, frames) if shown else open_image(path)
 
 
 def _ask_one(
@@ -144,7 +143,9 @@ def _ask_one(
     options.share_cores()
     from pumice.assistant import CHUNK_SHOWN
     from pumice.conversation import Conversation, question_message
+    from pumice.engine.sampling import SamplingParams
 
+    SamplingParams(**sampling)  # raises before the model is loaded
     assistant = opening.load(model, chunk=CHUNK_SHOWN)
     reply = assistant.stream(Conversation((question_message(question, opened),)), **sampling)
     pieces = []

@@ -97,6 +97,8 @@ def evaluate(
         raise InputError(f"no numbers of {reference!r} are known; use one of {', '.join(PUBLISHED)}")
     if max_new_tokens is not None and model is None:
         raise InputError("--max-new-tokens is for a model that answers; add --model, or leave it out")
+    if model_name is not None and model is None:
+        raise InputError("--model-name is for a model that answers; add --model, or leave it out")
     if compare is not None and model is not None:
         raise InputError("--compare is for two files of answers; leave out --model")
     if compare is not None and predictions.exists() and compare.exists() and predictions.samefile(compare):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,6 +42,10 @@ def plan(
     if (recipe is None) == (ask is None):
         raise InputError("give a recipe, or --ask MODEL, and not both")
     if ask is not None:
+        values = {"--gpu": gpu, "--gpu-memory": gpu_memory, "--rows": rows, "--set": overrides}
+        given = [name for name, value in values.items() if value] + ["--processes"] * (processes > 1)
+        if given:
+            raise InputError(f"{given[0]} is for recipes; --ask times this machine: leave it out")
         _plan_ask(ask, as_json)
         return
     assert recipe is not None
@@ -81,7 +86,8 @@ def describe_ask(plan: AskPlan, columns: int = 80) -> list[str]:
     columns: of the terminal; what does not fit there side by side stands one below the other.
     """
     free = "memory unknown" if plan.free is None else f"{plan.free / 1e9:.1f} GB free"
-    threads = f", {plan.kernel}, {plan.threads} threads" if plan.device == "cpu" else ""
+    cores = f"{plan.threads} thread{'' if plan.threads == 1 else 's'}"
+    threads = f", {plan.kernel}, {cores}" if plan.device == "cpu" else ""
     costs = plan.costs
     rows = [("--quantize", [cost.quantize for cost in costs])]
     for part in costs[0].memory:
@@ -95,6 +101,7 @@ def describe_ask(plan: AskPlan, columns: int = 80) -> list[str]:
         f"{plan.model} on {plan.device}{threads}, {free}",
         f"a question about a new picture: {plan.prompt_tokens} tokens, {plan.image_tokens} of the picture",
     ]
+    lines += [line for note in plan.notes for line in textwrap.wrap(f"note: {note}", columns)]
     if 20 + 16 * len(costs) > columns:
         for number in range(len(costs)):
             lines += ["", *(f"{name:<20}{values[number]:>16}" for name, values in rows)]

@@ -196,6 +196,9 @@ class RowMapping:
                 ("human", asked),
                 ("gpt", _text(given[0] if isinstance(given, list) and given else given)),
             ]
+        others = [name for name in values if name not in ("id", "image", "images", question)]
+        if question is not None and not others:
+            raise InputError(f"{question!r} has no answer; add one, or remove the row")
         raise InputError(_unknown(values, form))
 
 

@@ -194,8 +194,9 @@ class ImageFolders:
 
 def read_json(file: DataFile, *keys: str) -> Any:
     """Read a JSON file: an object with all `keys`, if any are given. Raises InputError where it is none."""
+    text = file.text()
     try:
-        value = json.loads(file.text())
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"'{file}' is cut off or not JSON ({error}); fetch it again") from error
     if keys:

@@ -14,7 +14,7 @@ from pumice.errors import InputError
 from pumice.formats.load import new_parts, shapes
 from pumice.formats.pumice.folder import CONFIG, check, save
 from pumice.formats.pumice.quantized import as_bytes, rounded
-from pumice.formats.quantize import quantize_state
+from pumice.formats.quantize import kept_below, quantize_state
 from pumice.formats.read import find_model, read_model
 from pumice.formats.recognise import FormatKind, recognise
 from pumice.processor import Processor
@@ -117,7 +117,7 @@ def _quantize(loaded: LoadedParts, state: LazyStateDict, bits: str) -> tuple[Loa
     state = quantize_state(loaded.config, state, bits)
     parts = {part: source for part, source in loaded.parts.items() if part != "decoder"}
     config = dataclasses.replace(loaded.config, lora=None)
-    notes = (*loaded.notes, *filter(None, [rounded(state)]))
+    notes = (*loaded.notes, *filter(None, [rounded(state), kept_below(state, bits)]))
     return dataclasses.replace(loaded, config=config, parts=parts, notes=notes), state
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -213,8 +214,8 @@ def _open_quantized(
     built_in = source is not None and source.parent == BUILT_IN
     in_gguf = source is not None and not built_in and recognise(source) is FormatKind.GGUF
     hint = (
-        f"{label} is quantised at every start; `pumice import {label} FOLDER --quantize {bits}` stores it "
-        "quantised, and FOLDER opens at once"
+        f"{label} is quantised at every start; `pumice import {shlex.quote(label)} FOLDER --quantize {bits}` "
+        "stores it quantised, and FOLDER opens at once"
     )
     state = quantize_state(loaded.config, loaded.state, bits, "" if built_in or in_gguf else hint)
     if source is not None and (built_in or in_gguf):  # the same at every start

@@ -9,7 +9,7 @@ import torch
 
 from pumice.errors import InputError
 from pumice.formats.peft.read import merge_adapters
-from pumice.formats.quantize import can_quantize, quantize_state
+from pumice.formats.quantize import can_quantize, kept_below, quantize_state
 from pumice.kernels.packed import packed_size
 from pumice.model.cache import KVCache
 from pumice.model.llava import Llava
@@ -99,6 +99,8 @@ def check_memory(
     if smaller:
         remedy = "use " + " or ".join(f"--quantize {kind}, which needs {_gb(size)}" for kind, size in smaller)
     kind = "without quantisation" if quantize is None else f"in {quantize}"
+    if quantize is not None and kept_below(loaded.state, quantize):
+        kind = "as it is stored"
     raise InputError(f"'{label}' {kind} needs {_gb(needed)} and {_gb(free)} of memory are free; {remedy}")
 
 

@@ -42,6 +42,12 @@ def make_server(assistant: Assistant, names: tuple[str, ...], settings: ServerSe
     from pumice.serve.backend import Backend
     from pumice.serve.metrics import Metrics
 
+    context, cells = assistant.model.config.decoder.context, assistant.engine.cache_tokens
+    if settings.cache_tokens is not None and cells < context:
+        fields = {"cache_tokens": cells, "context": context}
+        request_line(
+            logging.WARNING, "--cache-tokens is less than the model's context: it is the limit", fields
+        )
     gate = Gate(assistant.engine.slots, settings.queue)
     metrics = Metrics(__version__, names[0], assistant.engine.stats)
     app = build(settings, Backend(assistant, names, settings, metrics), gate)

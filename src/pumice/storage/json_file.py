@@ -34,8 +34,9 @@ def read_bytes(path: Path, lacking: str = "the folder is not whole") -> bytes:
 
 def read_json(path: Path, lacking: str = "the folder is not whole") -> dict[str, Any]:
     """Read a file's JSON object. Raises InputError if the file is missing, or holds something else."""
+    text = read_text(path, lacking).removeprefix("\ufeff")  # which editors on Windows write
     try:
-        values = json.loads(read_text(path, lacking))
+        values = json.loads(text)
     except (ValueError, RecursionError) as error:  # also a number of more than 4,300 digits
         raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):

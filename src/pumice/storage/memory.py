@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 GB = 1e9
@@ -19,19 +20,49 @@ def ram(root: Path = Path("/")) -> tuple[int, int | None]:
             return 0, None
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), None
     total, free = sizes["MemTotal"], sizes.get("MemAvailable", sizes["MemFree"])
-    # A container may use less than the machine has: the files are those of cgroup v2, then of v1.
-    cgroup = root / "sys/fs/cgroup"
-    for group, limit, used in (
-        (cgroup, "memory.max", "memory.current"),
-        (cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
+    # A container, a job or a service may use less than the machine has.
+    for group, limit, used in _groups(root):
         limit_bytes, used_bytes = _number(group / limit), _number(group / used)
-        if limit_bytes is not None and limit_bytes < total:
-            total = limit_bytes
+        if limit_bytes is not None and limit_bytes < sizes["MemTotal"]:
+            total = min(total, limit_bytes)
             stat = _numbers(group / "memory.stat", " ")
             cached = stat.get("inactive_file", 0) + stat.get("active_file", 0)
-            free = min(free, total - max(0, used_bytes - cached) if used_bytes is not None else total)
+            left = limit_bytes if used_bytes is None else limit_bytes - max(0, used_bytes - cached)
+            free = min(free, left)
+    # `ulimit -v` bounds the addresses of a process, mapped files included.
+    if (addresses := _address_limit()) is not None:
+        used_addresses = _numbers(root / "proc/self/status", ":").get("VmSize", 0) * 1024
+        free = min(free, addresses - used_addresses)
     return total, max(0, free)
+
+
+def _groups(root: Path) -> Iterator[tuple[Path, str, str]]:
+    """Yield the memory cgroups of this process and those above: the folder, its files of limit and use.
+
+    A container may see its own group as the topmost one, whatever its path is called outside.
+    """
+    cgroup = root / "sys/fs/cgroup"
+    for line in _text(root / "proc/self/cgroup").splitlines() or ["0::/", "0:memory:/"]:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not controllers:  # cgroup v2
+            top, files = cgroup, ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):  # v1
+            top, files = cgroup / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        group = top / path.strip("/")
+        yield from ((folder, *files) for folder in (group, *group.parents) if folder.is_relative_to(top))
+
+
+def _address_limit() -> int | None:
+    """Return the bytes of addresses that this process may have; None without a limit."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def available_memory() -> float | None:

@@ -255,7 +255,7 @@ def test_your_own_file_with_a_mistake(data: Any, scored: Any, row: dict[str, Any
         ("答案\uff1a\uff22", "B"), ("我选\uff22", "B"), ("答えはBです", "B"), ("정답은 B입니다", "B"),
         ("ans: b", "B"), ("b) a dog", "B"), ("B\n\nA shows none.", "B"),
         ("B is the correct answer, as A is none.", "B"),
-        ("", None),
+        ("", None), ("It is (b).", "B"), ("dog(s)", None),
         # What an answer denies is not read.
         ("Not A", None), ("not (A).", None), ("Neither A nor B.", None), ("It is not A, but B.", "B"),
         ("not A, B, or C", None), ("The answer is not option A", None), ("It can't be A", None),
@@ -276,6 +276,11 @@ def test_an_answer_that_repeats_an_option(answer: str, letter: str) -> None:
     """Such as an option that holds another's text, or denies one."""
     choices = {"A": "Visible", "B": "Not visible", "C": "D", "D": "Neither A nor B."}
     assert read_option(answer, choices) == letter
+
+
+def test_an_option_without_text_is_not_found_in_every_answer() -> None:
+    choices = {"A": "0", "B": "1", "C": ""}
+    assert [read_option(answer, choices) for answer in ("nothing", "1", "C")] == [None, "B", "C"]
 
 
 @pytest.mark.usefixtures("bounded_work")
@@ -316,6 +321,7 @@ def test_an_answer_that_is_an_article(data: Any, scored: Any, metric: str, answe
         ("contains", "图片里有一只猫。", "猫", 100), ("contains", "图片里有一只猫。", "一只猫", 100),
         ("contains", "图片里有一只猫。", "狗", 0), ("contains", "有13只猫", "3只", 0),
         ("contains", "有3只猫", "3只", 100),
+        ("contains", "이것은 고양이입니다.", "고양이", 100), ("contains", "조개가 있다", "개", 0),
         ("contains", "แมวดำตัวหนึ่ง", "แมว", 100), ("contains", "a catalogue", "cat", 0),
         ("contains", "មានឆ្កែមួយក្នុងរូបភាព", "ឆ្កែ", 100), ("contains", "犬が写っています。", "犬", 100),
         ("contains", "བོད་ཡིག་ཡིན", "ཡིག", 100), ("contains", "ꦄꦏꦄ", "ꦏ", 100),

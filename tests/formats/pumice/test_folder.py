@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +125,35 @@ def test_a_new_folder_is_not_there_until_it_is_whole(tmp_path: Path) -> None:
     assert list((tmp_path / "deep").iterdir()) == []
 
 
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    """Not what another process still writes, and not an old model that was about to be replaced."""
+    code = (
+        "import os, sys\n"
+        "from pumice.formats.pumice.folder import replacing\n"
+        "with replacing(sys.argv[1]) as fresh:\n"
+        "    (fresh / 'half').touch()\n"
+        "    os._exit(1)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "m"], check=False)
+    [left] = tmp_path.iterdir()
+    assert (left / "new" / "half").is_file()
+    with replacing(tmp_path / "m"):
+        assert not left.exists()
+        with replacing(tmp_path / "m"):
+            assert len(list(tmp_path.iterdir())) == 2
+    subprocess.run([sys.executable, "-c", code, tmp_path / "m"], check=False)
+    [left] = tmp_path.glob(".m.*")
+    (left / "old").mkdir()
+    with replacing(tmp_path / "m"):
+        pass
+    assert sorted(tmp_path.iterdir()) == [left, tmp_path / "m"]
+
+
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "m").touch()
     with pytest.raises(InputError, match="a file of that name is in the way"):
         save(tmp_path / "m", CONFIG, STATE, tokenizer=WORDS)
-    with pytest.raises(InputError, match="cannot write the model folder"):
+    with pytest.raises(InputError, match=r"cannot write the model folder .*: a file '.*m' is in the way"):
         save(tmp_path / "m" / "n", CONFIG, STATE, tokenizer=WORDS)
     with pytest.raises(InputError, match="m is a file, not a model folder"):
         open_parts(tmp_path / "m")

@@ -246,6 +246,9 @@ def test_what_is_mapped_needs_no_memory_of_its_own(
     assert open_model(folder, quantize="int8").model is not None
     with pytest.raises(InputError, match=r"in int8 needs .* GB of memory are free"):
         open_model(tiny_folder, quantize="int8")
+    monkeypatch.setattr(sizes, "available_memory", lambda: 0.0)
+    with pytest.raises(InputError, match=r"small' as it is stored needs .* GB"):  # in 4 bits
+        open_model(folder, quantize="auto")
 
 
 def test_long_quantising_shows_progress_and_names_import(
@@ -331,3 +334,11 @@ def test_a_built_in_model_is_quantised_once(
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("a file is in the way")
     assert torch.equal(data(), first)
+
+
+def test_weights_that_stay_in_fewer_bits_than_asked_for_are_told(folder: Path, tmp_path: Path) -> None:
+    again = import_model(str(folder), tmp_path / "again", quantize="int8")
+    assert [note for note in again.summary()["notes"] if note.startswith("matrices in Q4_1 stay so: int8")]
+    assert "Q4_1" in again.summary()["types"]
+    fewer = import_model(str(folder), tmp_path / "fewer", quantize="int4")
+    assert not [note for note in fewer.summary()["notes"] if "stay so" in note]

@@ -16,7 +16,7 @@ from pumice.engine.engine import Engine, Plan
 from pumice.formats.read import read_model
 from pumice.formats.sizes import weight_sizes
 from pumice.train.plan import asking
-from pumice.train.plan.asking import measure_decoder, plan_ask
+from pumice.train.plan.asking import AskCost, AskPlan, measure_decoder, plan_ask
 
 
 def test_a_model_is_planned_with_weights_of_each_kind(tiny_folder: Path) -> None:
@@ -88,6 +88,29 @@ def test_a_recipe_or_a_model(arguments: list[str]) -> None:
     recipe, ask = (Path(arguments[0]), arguments[2]) if arguments else (None, None)
     with pytest.raises(InputError, match="give a recipe, or --ask MODEL, and not both"):
         plan(recipe, ask)
+
+
+@pytest.mark.parametrize(
+    "option", ["--gpu=t4", "--gpu-memory=24", "--processes=2", "--rows=10", "--set=seed=1"]
+)
+def test_options_of_recipes_are_not_left_out_without_a_word(option: str) -> None:
+    result = CliRunner().invoke(app, ["plan", "--ask", "pumice-tiny", option])
+    assert result.exit_code == 2
+    assert f"{option.partition('=')[0]} is for recipes" in result.stderr
+
+
+def test_times_of_a_busy_machine_are_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(asking.os, "getloadavg", lambda: (0.4, 9.0, 9.0), raising=False)
+    assert asking.busy_notes() == ()
+    monkeypatch.setattr(asking.os, "getloadavg", lambda: (16.2, 0.0, 0.0), raising=False)
+    (note,) = asking.busy_notes()
+    assert "other programs use the cores (load 16.2)" in note
+    cost = AskCost("none", {"tower": 1e9}, 2.0, 3.0, True)
+    plan = AskPlan("pumice-tiny", "cpu", 2, "AVX2", 8e9, 41, 25, (cost,), (note,))
+    assert f"note: {note}" in " ".join(describe_ask(plan, 40))
+    assert max(map(len, describe_ask(plan, 40)[2:])) <= 40
+    assert plan.to_dict()["notes"] == (note,)
 
 
 def test_what_does_not_fit_is_said_and_the_status_is_1(

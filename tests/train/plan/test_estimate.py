@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,9 @@ def test_what_nothing_is_known_of_is_refused() -> None:
         InputError, match=r"GPU 'abacus' are not known here; say its memory in GB with --gpu-memory"
     ):
         plan(load_recipe(path), path, gpu="abacus")
+    for memory in (math.inf, math.nan, 0.0):
+        with pytest.raises(InputError, match="the memory of a GPU"):
+            plan(load_recipe(path), path, gpu_memory=memory)
     with pytest.raises(InputError, match="there is no"):
         shape(load_recipe(path, ["model=nowhere"]), path)
 

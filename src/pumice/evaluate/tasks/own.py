@@ -44,9 +44,10 @@ BoxMaps = Callable[[Size, int], BoxMap]  # of a picture of that size in a questi
 # A character that is looked for as a word is: also in Tibetan, which marks syllables but not words, and the
 # punctuation of Chinese and Japanese.
 _WORD_OF_ONE = re.compile(f"[{UNSPACED}\u0f00-\u0fff\u3000-\u303f]")
+_HANGUL = re.compile("[\uac00-\ud7a3]")
 _RAISED = re.compile("([\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209c\u2150-\u215f\u2189])")  # ², ₂ and ½
-# Where an answer says its letter: alone, in a box, first, after "answer is", "option" and the like, or before
-# "is correct".
+# Where an answer says its letter: alone, in a box, first, after "answer is", "option" and the like, before
+# "is correct", or in brackets.
 _ALONE = re.compile(r"\W*(?:option\s+)?([A-Za-z])\W*", re.IGNORECASE)
 _BOXED = re.compile(r"\\boxed\{\s*([A-Za-z])\s*\}")
 _FIRST = re.compile(r"[\W_]*([A-Z](?=\s*[).:,\]*]|[ \t]*\n)|[a-z](?=\)))")
@@ -54,6 +55,7 @@ _NAMED = re.compile(
     r"(?:\b(?i:answer|ans|option|choice)(?:\s+(?i:is|would\s+be|should\s+be))?"
     r"|答案|回答|答え|正解|选择|选项?|選擇|選項?|정답|답)(?:[\s:=]*[是为為はが은는이])*[\W_]*([A-Z]|[b-z])(?![A-Za-z0-9'])"
 )
+_IN_BRACKETS = re.compile(r"(?<![A-Za-z0-9])\(([A-Za-z])\)")
 _RIGHT = re.compile(r"\b([A-Z])\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b")
 # The English article, which is no letter of an option: "A dog", but not "A is right".
 _ARTICLE = re.compile(
@@ -101,7 +103,8 @@ def _holds(text: str, answer: str) -> bool:
     # Of an answer such as "A", which M4C drops as an article, nothing would be left to look for.
     form = normalize_m4c if normalize_m4c(_spaced(answer)) else _plain
     whole, part = (" ".join(form(_spaced(words)).split()) for words in (text, answer))
-    return part != "" and f" {part} " in f" {whole} "
+    end = "" if _HANGUL.search(part[-1:]) else " "  # Korean writes particles behind a word, without a blank
+    return part != "" and f" {part}{end}" in f" {whole} "
 
 
 def _vqa(text: str, meta: Any) -> float:
@@ -127,11 +130,13 @@ def read_option(text: str, choices: Mapping[str, str]) -> str | None:
     if len(whole) == 1 and text not in options:
         return whole[0]
     text = _without_denied(text, options)
-    if (option := infer_option(text, options)) is not None:
+    # An option without text would be found in every answer.
+    texts = {letter: option if option.strip() else "\0" for letter, option in options.items()}
+    if (option := infer_option(text, texts)) is not None:
         return option
     readings = (
         [_ALONE.fullmatch(text)], _BOXED.finditer(text), _NAMED.finditer(text), [_FIRST.match(text)],
-        _RIGHT.finditer(text),
+        _RIGHT.finditer(text), _IN_BRACKETS.finditer(text),
     )  # fmt: skip
     for matches in readings:
         letters = {match[1].upper() for match in matches if match is not None} & choices.keys()

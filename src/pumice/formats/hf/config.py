@@ -235,23 +235,40 @@ def _nullable(keys: Keys, key: str, kind: type[_Number] = int) -> _Number | None
 
 
 def _rope(keys: Keys, context: int) -> tuple[float, RopeScaling | None]:
-    """Read rope_theta and its scaling: `rope_parameters`, or as before `rope_theta` and `rope_scaling`."""
+    """Read rope_theta and its scaling: `rope_parameters`, or as before `rope_theta` and `rope_scaling`.
+
+    Raises InputError if a config has both and they differ, as versions of transformers read one or the other.
+    """
     rope = keys.object("rope_parameters" if "rope_parameters" in keys else "rope_scaling")
-    if any(isinstance(value, dict) for value in rope.values.values()):
-        raise InputError(f"{rope.label} differs between layers, which cannot be read")
+    scaling = _scaling(rope, context)
     default = keys.defaults.get("rope_theta", 10000.0)
     rope_theta = rope.get("rope_theta", float, keys.get("rope_theta", float, default))
+    older = keys.object("rope_scaling")
+    for name, stated in (("rope_theta", keys.values), ("rope_theta", older.values)):
+        if stated.get(name) not in (None, rope_theta):
+            raise InputError(
+                f"{rope.label}: {name} is {rope_theta:g}, but {shorten(stated[name])} in {keys.label}; "
+                "correct the wrong one"
+            )
+    if older.values and _scaling(older, context) != scaling:
+        raise InputError(f"{rope.label} and rope_scaling differ; correct the wrong one")
+    return rope_theta, scaling
+
+
+def _scaling(rope: Keys, context: int) -> RopeScaling | None:
+    if any(isinstance(value, dict) for value in rope.values.values()):
+        raise InputError(f"{rope.label} differs between layers, which cannot be read")
     rope.only("partial_rotary_factor", (1.0,), 1.0, "every value of a head must rotate")
     name = "rope_type" if "rope_type" in rope else "type"
     kind = rope.only(name, ("default", "linear", "llama3"), "default")
     if kind == "default":
-        return rope_theta, None
+        return None
     factor = rope.get("factor", float)
     if kind == "linear":
-        return rope_theta, RopeScaling("linear", factor)
+        return RopeScaling("linear", factor)
     original = rope.get("original_max_position_embeddings", int, context)
     low, high = rope.get("low_freq_factor", float), rope.get("high_freq_factor", float)
-    return rope_theta, RopeScaling("llama3", factor, low, high, original)
+    return RopeScaling("llama3", factor, low, high, original)
 
 
 def _window(keys: Keys, family: Family, depth: int, context: int) -> tuple[int | None, int]:

@@ -292,15 +292,22 @@ def _check_image_token(folder: Path, keys: Keys, tokenizer: Any, decoder: Decode
         )
     if number >= decoder.vocab_size:
         raise InputError(f"{keys.label}: {name} is {number}, but vocab_size only {decoder.vocab_size}")
-    # The other files name the token by its text.
+    # The other files name the token by its text; where none does, it is <image>, if the tokenizer has that.
+    named = False
     for file in ("processor_config.json", "tokenizer_config.json"):
         text = read_json(folder / file).get("image_token") if (folder / file).is_file() else None
+        named |= isinstance(text, str)
         if isinstance(text, str) and (stated := tokenizer.token_to_id(text)) != number:
             what = "which the tokenizer lacks" if stated is None else f"whose id is {stated}"
             raise InputError(
                 f"{folder / file}: image_token is {text!r}, {what}, but {name} is {number} in {keys.label}; "
                 "correct the wrong one"
             )
+    if not named and (stated := tokenizer.token_to_id(idefics3.IMAGE)) not in (None, number):
+        raise InputError(
+            f"{keys.label}: {name} is {number}, but the tokenizer gives {idefics3.IMAGE} the id {stated}; "
+            "correct the wrong one"
+        )
 
 
 def _zero_biases(state: LazyStateDict) -> LazyStateDict:

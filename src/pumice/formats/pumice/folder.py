@@ -16,6 +16,7 @@ parts.json          only when a part was never trained and is not repeated here:
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import re
 import shutil
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from pumice.config import DecoderConfig, ModelConfig, as_stored
 from pumice.errors import InputError, WorkError
-from pumice.files import make_readable, sync
+from pumice.files import Lock, make_readable, sync
 from pumice.formats.efficientnet_lite import open_efficientnet_lite
 from pumice.formats.gguf.llm import open_gguf
 from pumice.formats.names import some
@@ -48,6 +49,7 @@ from pumice.storage.tensors import (
 )
 from pumice.tokens import parse_tokenizer
 
+LOCK = ".lock"  # of a folder that is being written
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
 PROVENANCE, PARTS = "provenance.json", "parts.json"
 PART_NAMES = ("tower", "decoder")
@@ -222,14 +224,18 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
     over. Files of the old folder that are not a model's are moved to the new one.
     """
     target = Path(folder).resolve()
-    if target.exists() and not target.is_dir():
-        raise InputError(f"cannot write the model folder {folder}: a file of that name is in the way")
+    nearest = next(path for path in (target, *target.parents) if path.exists())
+    if not nearest.is_dir():
+        name = "of that name" if nearest == target else f"'{nearest}'"
+        raise InputError(f"cannot write the model folder {folder}: a file {name} is in the way")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
         scratch = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
     except OSError as error:
         raise InputError(f"cannot write the model folder {folder}: {error.strerror}") from error
-    with scratch as name:
+    with scratch as name, Lock(Path(name) / LOCK) as lock:
+        lock.acquire()  # says to others, where the file system has locks, that this folder is in use
         fresh, old = Path(name) / "new", Path(name) / "old"
         fresh.mkdir()
         yield fresh
@@ -251,6 +257,21 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
                 if not _OURS.fullmatch(path.name) and not (target / path.name).exists():
                     path.rename(target / path.name)
         sync(target.parent)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what processes left beside `target` that were killed while they wrote it.
+
+    A folder stays if a process still writes it, or if it holds the model that was about to be replaced.
+    """
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        with contextlib.suppress(OSError):
+            if {path.name for path in folder.iterdir()} != {LOCK, "new"}:
+                continue
+            with Lock(folder / LOCK) as lock:
+                unused = lock.acquire()
+            if unused:
+                shutil.rmtree(folder)
 
 
 def _supplied(name: str, parts: Mapping[str, str]) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -46,6 +47,7 @@ ANSWER = 256  # tokens of the longest answer of `pumice ask`
 PROBE_BYTES = 128 << 20
 # An answer of so many tokens is timed up to ROUNDS times, until PROBE_SECONDS are over.
 TIMED_TOKENS, ROUNDS, PROBE_SECONDS = 16, 3, 1.0
+BUSY = 0.75  # the load of a core from which times are those of a busy machine
 QUESTION = "What is in this picture?"
 
 
@@ -79,6 +81,7 @@ class AskPlan:
     prompt_tokens: int
     image_tokens: int
     costs: tuple[AskCost, ...]
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         costs = [{**asdict(cost), "total": cost.total} for cost in self.costs]
@@ -87,6 +90,7 @@ class AskPlan:
 
 def plan_ask(source: str, device: str | None = None) -> AskPlan:
     """Estimate the answers of a model, whose tensors are not read. Raises InputError."""
+    notes = busy_notes()
     loaded = read_model(source)
     place = find_device(device)
     if place.type == "cuda":
@@ -99,9 +103,18 @@ def plan_ask(source: str, device: str | None = None) -> AskPlan:
         # 2. The language model, with weights of each kind.
         kinds = [None, *(KINDS if can_quantize(loaded.config.decoder) else ())]
         costs = tuple(_cost(loaded, kind, place, free, prompt_tokens, image_seconds) for kind in kinds)
+    threads = torch.get_num_threads()
     return AskPlan(
-        source, place.type, torch.get_num_threads(), kernel_name(), free, prompt_tokens, image_tokens, costs
+        source, place.type, threads, kernel_name(), free, prompt_tokens, image_tokens, costs, notes
     )
+
+
+def busy_notes() -> tuple[str, ...]:
+    """Return a note if other programs use the cores that are about to be timed."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load <= BUSY * (os.cpu_count() or 1):
+        return ()
+    return (f"other programs use the cores (load {load:.1f}); without them all is faster than these times",)
 
 
 def _cost(

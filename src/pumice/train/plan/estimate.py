@@ -16,7 +16,7 @@ import torch
 
 from pumice.config import ModelConfig
 from pumice.data.sources.recognise import is_missing
-from pumice.errors import InputError, WorkError
+from pumice.errors import InputError, WorkError, finite
 from pumice.formats.load import check_bf16, find_device
 from pumice.geometry import image_layout
 from pumice.model.packed import Run
@@ -152,6 +152,8 @@ def describe_device(recipe: Recipe, gpu: str | None = None, gpu_memory: float | 
     gpu_memory: in GB. Raises InputError on an unknown GPU, and on a bf16 recipe for one without bf16.
     """
     # Without a name, a common GPU of that memory gives the speed.
+    if gpu_memory is not None and finite(gpu_memory, "the memory of a GPU in GB") <= 0:
+        raise InputError(f"the memory of a GPU is {gpu_memory} GB; give more than 0")
     if gpu is None and gpu_memory is not None:
         gpu = "rtx4090" if gpu_memory <= 24 else "l40s" if gpu_memory <= 48 else "a100-80g"
         return dataclasses.replace(
