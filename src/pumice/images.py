@@ -112,12 +112,6 @@ def open_image(source: Source) -> Image.Image:
         return rgb.copy() if rgb is source else rgb
 
 
-def is_animated(source: Source) -> bool:
-    """Return whether a picture has more frames than its first. Raises InputError as `open_image` does."""
-    with _opened(source) as image:
-        return bool(getattr(image, "is_animated", False))
-
-
 def image_size(source: Source) -> tuple[int, int]:
     """Return the (width, height) that `open_image` would give, from the file's header if that is enough.
 

@@ -92,7 +92,6 @@ def test_options_are_checked_before_the_model_is_opened(
     [
         (["What?"], "--frames is for a video or an animation, and none is shown"),
         (["cat.png", "What?"], "--frames is for a video or an animation, and none is shown"),
-        (["--batch", "rows.jsonl", "--out", "answers.jsonl"], "--frames is for one question"),
     ],
 )
 def test_frames_are_not_left_out_without_a_word(

@@ -137,7 +137,7 @@ def _ask_one(
     # Before torch is imported, so that a wrong path fails at once.
     opened = [_open(path, frames) for path in images]
     if frames is not None and not any(isinstance(each, Video) for each in opened):
-        raise InputError(f"--frames {frames} is of a video or an animation, and none is shown; leave it out")
+        raise InputError("--frames is for a video or an animation, and none is shown; leave it out")
     if out is not None and isinstance(opened[-1], Video):
         raise InputError(f"--out {out} draws boxes on a picture, {images[-1]!r} is a video; leave it out")
     options.share_cores()
