@@ -12,7 +12,7 @@ from torch import Tensor
 from pumice.kernels import attention, loader
 from pumice.kernels.attention import attend_tiles
 
-# The relative error that the rounding of each kernel's products may cause; measured worst: 4.4e-3 and 4e-7.
+# The relative error that the rounding of the products of each kernel may cause.
 BOUNDS = {"packed": 1e-2, "plain": 5e-6}
 
 

@@ -86,7 +86,7 @@ class ViTAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, count, width = x.shape
         if x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and can_multiply(x):
-            mixed = attend_tiles(*(f(x).float() for f in (self.q, self.k, self.v)), self.heads)
+            mixed = attend_tiles(self.q(x).float(), self.k(x).float(), self.v(x).float(), self.heads)
             return self.o(mixed.to(x.dtype))
         q, k, v = (f(x).view(batch, count, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
         return self.o(sdpa(q, k, v).transpose(1, 2).reshape(batch, count, width))
