@@ -10,10 +10,11 @@ import torch
 from pumice.errors import InputError
 from pumice.formats.peft.read import merge_adapters
 from pumice.formats.quantize import can_quantize, kept_below, quantize_state
-from pumice.kernels.packed import packed_size
+from pumice.kernels.packed import BlockFormat, packed_size
 from pumice.model.cache import KVCache
 from pumice.model.llava import Llava
 from pumice.model.quantized import KINDS
+from pumice.model.quantized_vision import quantized_shapes
 from pumice.model.vision import WideningLinear
 from pumice.storage.memory import GB, available_memory
 from pumice.storage.parts import LoadedParts
@@ -44,12 +45,16 @@ def weight_sizes(
     with torch.device("meta"):
         model = Llava(dataclasses.replace(config, lora=None))
     widening = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, WideningLinear)}
+    quantized = quantized_shapes(model.tower) if quantize is not None and device.type == "cpu" else {}
     sizes = dict.fromkeys(PARTS.values(), 0)
     for name, tensor in state.items():
         part = PARTS.get(name.split(".")[0], "connector")
         if tensor.blocks is not None and quantize is not None:
             if with_mapped or not tensor.blocks.mapped:
                 sizes[part] += packed_size(tensor.blocks.kind, *tensor.shape)
+            continue
+        if name.startswith("tower.") and (shape := quantized.get(name.removeprefix("tower."))):
+            sizes[part] += packed_size(BlockFormat.Q8_0, *shape)
             continue
         # As `open_model` loads them: on a CPU the tower stays in 16 bits where it is stored so, and computes
         # in fp32; so does what is not quantised of the decoder.

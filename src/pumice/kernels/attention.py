@@ -1,4 +1,4 @@
-"""Attention of prompts over a KV cache in bfloat16, in compiled code."""
+"""Attention in compiled code: of prompts over a KV cache in bfloat16, and of the patches of tiles."""
 
 from __future__ import annotations
 
@@ -60,3 +60,25 @@ def attend(
     if code.pumice_attend(ctypes.byref(task), torch.get_num_threads()):
         raise WorkError(f"no memory is left for the attention of {tokens} tokens")
     return y.transpose(1, 2)
+
+
+def attend_tiles(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Let each patch of a tile attend to all patches of its tile, where `can_multiply` (compute.py).
+
+    q, k, v: (B, T, C) fp32, for B tiles of T patches, the heads of a patch one after the other. Return
+    (B, T, C). Products are of bfloat16 where the processor multiplies it. Raise MemoryError if C cannot
+    allocate its buffers.
+    """
+    code = library()
+    assert code is not None
+    tiles, patches, width = q.shape
+    if width % heads or any((x.shape, x.dtype) != (q.shape, torch.float32) for x in (q, k, v)):
+        given = ", ".join(f"{tuple(x.shape)} of {x.dtype}" for x in (q, k, v))
+        raise ValueError(f"expected three tensors (B, T, {heads} * d) of fp32, not {given}")
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    y = torch.empty_like(q)
+    sizes = (ctypes.c_int64(size) for size in (tiles, patches, heads, width // heads))
+    pointers = (ctypes.c_void_p(x.data_ptr()) for x in (q, k, v, y))
+    if code.pumice_attend_tiles(*pointers, *sizes, torch.get_num_threads()):
+        raise MemoryError(f"no memory is left for the attention of {patches} patches")
+    return y

@@ -27,6 +27,10 @@ from pumice.kernels.packed import (
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in quantize.c
 LARGEST = torch.finfo(torch.float16).max  # scales have 16 bits; quantize.c has the same bound
 _CHUNK = 1 << 21  # weights that PyTorch quantises at a time
+# Activation functions of vision transformers, as in linear.c.
+_ACTIVATION_CODES = {None: 0, "quick_gelu": 1, "gelu": 2, "gelu_tanh": 3}
+# The kernels with an instruction that multiplies and adds bytes by fours, several times as fast as fp32.
+_FAST_KERNELS = ("AVX-512 VNNI", "AVX-VNNI", "NEON dot product")
 # A group's range is divided into 15 + n steps, for each n of these. The n with the smallest error wins.
 _EXTRA_STEPS = (0.0, 0.4, -0.4, 0.8, -0.8)
 
@@ -68,23 +72,44 @@ def kernel_name() -> str:
     return name.decode()
 
 
-def linear(x: Tensor, packed: PackedMatrix, bias: Tensor | None = None) -> Tensor:
+def multiplies_fast() -> bool:
+    """Return whether products in integers are much faster on this processor than those in 32 bits."""
+    return kernel_name() in _FAST_KERNELS
+
+
+def can_multiply(x: Tensor) -> bool:
+    """Return whether compiled code multiplies these activations: on a CPU, without a gradient."""
+    return x.device.type == "cpu" and not x.requires_grad and library() is not None
+
+
+def linear(
+    x: Tensor, packed: PackedMatrix, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
     """Return x (..., K) times the matrix plus the bias (N,): (..., N), in the type of x.
 
     On a CPU the product is one of integers: activations are rounded to 8 bits, with a scale for each 32. A
     row of the result depends only on that row of x. On other devices, and if x needs a gradient, the weights
-    are restored first. Raise WorkError if C cannot allocate its buffers.
+    are restored first. x may lack less than a group of the matrix's inputs: they are zeros. activation:
+    "quick_gelu", "gelu" or "gelu_tanh" of x first, only where `can_multiply`. Raise WorkError if C cannot
+    allocate its buffers.
     """
-    code = library() if x.device.type == "cpu" and not x.requires_grad else None
-    if code is None:
+    width = x.shape[-1]
+    if not 0 <= packed.inputs - width < GROUP:
+        raise ValueError(f"rows of {width} activations do not fit a matrix of {packed.inputs} inputs")
+    if not can_multiply(x):
+        if activation is not None:
+            raise ValueError(f"the activation {activation!r} is only computed by compiled code")
         return _restored_linear(x, packed, bias)
-    rows = x.detach().reshape(-1, packed.inputs).to(torch.float32).contiguous()
+    code = library()
+    assert code is not None
+    rows = x.detach().reshape(-1, width).to(torch.float32).contiguous()
     y = torch.empty(len(rows), packed.outputs)
     if len(rows):
         bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
         error = code.pumice_linear(
-            ctypes.byref(packed_struct(packed, bias)), ctypes.c_int64(len(rows)),
-            ctypes.c_void_p(rows.data_ptr()), ctypes.c_void_p(y.data_ptr()), torch.get_num_threads(),
+            ctypes.byref(packed_struct(packed, bias)), ctypes.c_int64(len(rows)), ctypes.c_int64(width),
+            ctypes.c_void_p(rows.data_ptr()), _ACTIVATION_CODES[activation], ctypes.c_void_p(y.data_ptr()),
+            torch.get_num_threads(),
         )  # fmt: skip
         if error:
             raise WorkError(f"no memory is left for {len(rows)} rows of {packed.inputs} activations")
@@ -132,7 +157,7 @@ def _bad_weight(name: str, row: int, weight: Tensor) -> WorkError:
 
 
 def _restored_linear(x: Tensor, packed: PackedMatrix, bias: Tensor | None) -> Tensor:
-    y = F.linear(x, packed.restored(x.dtype))
+    y = F.linear(x, packed.restored(x.dtype)[:, : x.shape[-1]])
     return y if bias is None else y + bias.to(y.dtype)
 
 

@@ -20,10 +20,11 @@ from pumice.kernels.compiler import FLAGS, TARGET_FLAGS, compile_library, proces
 
 Weights = Literal["packed", "fp32"]
 
+_PACKED_FILES = ("attend.c", "attend_tiles.c", "decode.c", "linear.c", "quantize.c")
 # C files and their preprocessor definitions. "plain" is the reference for the kernels of each processor.
 _LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "packed": (("attend.c", "decode.c", "linear.c", "quantize.c"), ()),
-    "plain": (("attend.c", "decode.c", "linear.c", "quantize.c"), ("-DPUMICE_PLAIN",)),
+    "packed": (_PACKED_FILES, ()),
+    "plain": (_PACKED_FILES, ("-DPUMICE_PLAIN",)),
     "fp32": (("decode.c",), ("-DDENSE",)),
 }
 # Functions that return something else than an int.

@@ -29,18 +29,23 @@ class PackedLinear(nn.Module):
 
     data: Tensor
 
-    def __init__(self, packed: PackedMatrix, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, packed: PackedMatrix, bias: Tensor | None = None, in_features: int | None = None
+    ) -> None:
+        """in_features: fewer than the matrix has inputs, if it was padded to whole groups."""
         super().__init__()
-        self.kind, self.out_features, self.in_features = packed.kind, packed.outputs, packed.inputs
+        self.kind, self.out_features, self._padded = packed.kind, packed.outputs, packed.inputs
+        self.in_features = packed.inputs if in_features is None else in_features
         self.register_buffer("data", packed.data, persistent=False)  # not in the state dict
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @property
     def packed(self) -> PackedMatrix:
-        return PackedMatrix(self.kind, self.out_features, self.in_features, self.data)
+        return PackedMatrix(self.kind, self.out_features, self._padded, self.data)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.packed, self.bias)
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
+        """activation: of x first, as for `linear`."""
+        return linear(x, self.packed, self.bias, activation)
 
 
 class PackedEmbedding(nn.Module):

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 
 from pumice.config import VisionConfig
 from pumice.errors import InputError
+from pumice.kernels.attention import attend_tiles
+from pumice.kernels.compute import can_multiply
 from pumice.model.layers import gelu_tanh, sdpa
+from pumice.model.quantized import PackedLinear
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -39,18 +42,24 @@ SELECTS = {"clip": ("patch", "cls_patch"), "siglip": ("full",)}  # only CLIP has
 
 
 @lru_cache(maxsize=1)
+def multiplies_tiles() -> bool:
+    """Return whether this processor multiplies whole tiles of bfloat16 (AMX), its fastest products."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+@lru_cache(maxsize=1)
 def multiplies_bf16() -> bool:
     """Return whether this processor has instructions for products of bfloat16: AVX-512 BF16 or AMX."""
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+    return multiplies_tiles() or bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
-def narrowed(x: Tensor, weight: Tensor) -> Tensor:
-    """Return fp32 activations as bfloat16 where products with this 16-bit weight are twice as fast so.
+def narrowed(x: Tensor, layer: nn.Module) -> Tensor:
+    """Return fp32 activations as bfloat16 where products with the layer's 16-bit weight are twice as fast.
 
     That is without gradients, on a processor that multiplies bfloat16. Sums are fp32 all the same.
     """
-    is_wider = x.device.type == "cpu" and x.dtype == torch.float32 and weight.dtype != torch.float32
+    is_narrower = isinstance(layer, nn.Linear) and layer.weight.dtype != torch.float32
+    is_wider = x.device.type == "cpu" and x.dtype == torch.float32 and is_narrower
     return x.bfloat16() if is_wider and not torch.is_grad_enabled() and multiplies_bf16() else x
 
 
@@ -76,6 +85,9 @@ class ViTAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, count, width = x.shape
+        if x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and can_multiply(x):
+            mixed = attend_tiles(self.q(x).float(), self.k(x).float(), self.v(x).float(), self.heads)
+            return self.o(mixed.to(x.dtype))
         q, k, v = (f(x).view(batch, count, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
         return self.o(sdpa(q, k, v).transpose(1, 2).reshape(batch, count, width))
 
@@ -84,11 +96,16 @@ class ViTMLP(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.up = WideningLinear(config.width, config.mlp_width)
-        self.down = WideningLinear(config.mlp_width, config.width)
+        self.down: nn.Linear | PackedLinear = WideningLinear(config.mlp_width, config.width)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))
+        x = self.up(x)
+        if isinstance(self.down, PackedLinear) and can_multiply(x):
+            for name, function in ACTIVATIONS.items():
+                if function is self.activation:
+                    return self.down(x, name)
+        return self.down(self.activation(x))
 
 
 class ViTBlock(nn.Module):
@@ -101,8 +118,8 @@ class ViTBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # The residual stream stays in fp32; what is added to it may be computed in fewer bits.
-        x = x + self.attention(narrowed(self.attention_norm(x), self.attention.q.weight))
-        return x + self.mlp(narrowed(self.mlp_norm(x), self.mlp.up.weight))
+        x = x + self.attention(narrowed(self.attention_norm(x), self.attention.q))
+        return x + self.mlp(narrowed(self.mlp_norm(x), self.mlp.up))
 
 
 class ViT(nn.Module):

@@ -36,6 +36,7 @@ from pumice.kernels.packed import PackedMatrix, packed_size
 from pumice.model.cache import BLOCK, KVCache
 from pumice.model.llava import Llava
 from pumice.model.quantized import KINDS, kind_of, swap
+from pumice.model.quantized_vision import quantize_vision
 from pumice.model.vision import WideningLinear
 from pumice.processor import Processor
 from pumice.storage.memory import available_memory
@@ -98,11 +99,16 @@ def plan_ask(source: str, device: str | None = None) -> AskPlan:
     else:
         free = available_memory()
     with torch.inference_mode():
-        # 1. The prompt of a question about a usual picture, and how long tower and connector take for it.
-        prompt_tokens, image_tokens, image_seconds = _measure_image(loaded, place)
-        # 2. The language model, with weights of each kind.
+        # 1. The prompt of a question about a usual picture, and how long tower and connector take for it: as
+        #    they are, and as they are beside a quantised language model.
+        prompt_tokens, image_tokens, image_seconds = _measure_image(loaded, place, quantized=False)
         kinds = [None, *(KINDS if can_quantize(loaded.config.decoder) else ())]
-        costs = tuple(_cost(loaded, kind, place, free, prompt_tokens, image_seconds) for kind in kinds)
+        quantized_seconds = _measure_image(loaded, place, quantized=True)[2] if kinds[1:] else image_seconds
+        # 2. The language model, with weights of each kind.
+        costs = tuple(
+            _cost(loaded, kind, place, free, prompt_tokens, quantized_seconds if kind else image_seconds)
+            for kind in kinds
+        )
     threads = torch.get_num_threads()
     return AskPlan(
         source, place.type, threads, kernel_name(), free, prompt_tokens, image_tokens, costs, notes
@@ -217,7 +223,7 @@ def _constant(name: str, shape: tuple[int, ...], quantize: str) -> PackedMatrix:
     return PackedMatrix(kind, shape[0], shape[1], data)
 
 
-def _measure_image(loaded: LoadedParts, device: torch.device) -> tuple[int, int, float]:
+def _measure_image(loaded: LoadedParts, device: torch.device, quantized: bool) -> tuple[int, int, float]:
     """Return the tokens of a prompt and of its picture, and the seconds for the picture's tokens."""
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     images = [] if loaded.config.vision.kind == "none" else [Image.new("RGB", (640, 480), (120, 90, 60))]
@@ -229,7 +235,9 @@ def _measure_image(loaded: LoadedParts, device: torch.device) -> tuple[int, int,
     # A ViT is timed with no block and with two, all others whole.
     vision = loaded.config.vision
     running = vision.layer % (vision.depth + 1) if vision.depth else 0
-    encoders = [_encoder(loaded, blocks, device) for blocks in ((0, 2) if running > 2 else (running,))]
+    encoders = [
+        _encoder(loaded, blocks, device, quantized) for blocks in ((0, 2) if running > 2 else (running,))
+    ]
     for encoder in encoders:
         encoder.encode(pixels, sample.layouts)
     times = [_seconds(encoder.encode, pixels, sample.layouts, device=device) for encoder in encoders]
@@ -237,7 +245,7 @@ def _measure_image(loaded: LoadedParts, device: torch.device) -> tuple[int, int,
     return len(sample.input_ids), sum(layout.tokens for layout in sample.layouts), seconds
 
 
-def _encoder(loaded: LoadedParts, blocks: int, device: torch.device) -> Llava:
+def _encoder(loaded: LoadedParts, blocks: int, device: torch.device, quantized: bool) -> Llava:
     """Return a random model with so many blocks of a ViT, and no more of a decoder than it must have."""
     config: ModelConfig = loaded.config
     vision = config.vision
@@ -251,6 +259,9 @@ def _encoder(loaded: LoadedParts, blocks: int, device: torch.device) -> Llava:
     for module in model.modules():
         if isinstance(module, WideningLinear) and stored & {torch.float16, torch.bfloat16}:
             module.weight.data = module.weight.data.half()
+    if quantized and device.type == "cpu":
+        weights = dict(model.tower.named_parameters())
+        quantize_vision(model.tower, lambda name: weights[name].detach())
     return model
 
 
