@@ -98,10 +98,7 @@ def _check_drawing(out: Path, images: list[str]) -> None:
         )
     if not images:
         raise InputError(f"--out {out} draws the boxes of an answer on its picture; show one")
-    if not out.absolute().parent.is_dir():
-        raise InputError(f"the folder '{out.parent}' of --out does not exist; make it first")
-    if out.is_dir() or (out.exists() and any(Path(path).exists() and out.samefile(path) for path in images)):
-        raise InputError(f"--out '{out}' is a folder or the picture itself; name another file")
+    options.check_out(out, images, "the picture itself")
 
 
 def _is_image_path(text: str) -> bool:
@@ -193,10 +190,7 @@ def _ask_batch(
     rows = [_read_row(line, number, source.parent) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise InputError(f"'{source}' holds no questions; write one JSON object per line")
-    if not out.parent.is_dir():
-        raise InputError(f"the folder '{out.parent}' of --out does not exist; make it first")
-    if out.exists() and (out.is_dir() or out.samefile(source)):
-        raise InputError(f"--out '{out}' is a folder or the questions themselves; name another file")
+    options.check_out(out, [source], "the questions themselves")
     partial = out.with_name(f"{out.name}.partial")
     # 2. Answer the rows without an error. `partial` keeps the answers of a run that is stopped.
     valid_rows = [row for row in rows if not row.error]
