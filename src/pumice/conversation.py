@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 from pumice.media import Frames
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -239,8 +239,8 @@ def from_llava(row_id: str, turns: Iterable[tuple[str, str]], images: Sequence[A
     if placeholder_count != image_count:
         stray = sum(IMAGE_PLACEHOLDER in text for speaker, text in turns if speaker != "human")
         raise InputError(
-            f"row {row_id!r}: {_count(placeholder_count, '<image> placeholder')} for "
-            f"{_count(image_count, 'picture')}; "
+            f"row {row_id!r}: {counted(placeholder_count, '<image> placeholder')} for "
+            f"{counted(image_count, 'picture')}; "
             "write one placeholder per picture" + (", in a turn of 'human'" if stray else "")
         )
     # 3. Turns become messages, each with the pictures of its placeholders.
@@ -291,7 +291,7 @@ def _with_images(text: str, images: Sequence[ImagePart], label: str) -> tuple[st
     count = text.count(IMAGE_PLACEHOLDER)
     if count and count != len(images):
         raise InputError(
-            f"{label}: {_count(count, '<image> placeholder')} for {_count(len(images), 'picture')}; "
+            f"{label}: {counted(count, '<image> placeholder')} for {counted(len(images), 'picture')}; "
             "write one placeholder per picture, or none"
         )
     if count <= 1:
@@ -305,7 +305,3 @@ def _with_images(text: str, images: Sequence[ImagePart], label: str) -> tuple[st
         if piece.strip():
             parts.append(piece)
     return tuple(parts)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")

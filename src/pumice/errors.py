@@ -97,6 +97,11 @@ def official(describe: Callable[[], str]) -> Iterator[None]:
         ) from error
 
 
+def counted(number: int, noun: str) -> str:
+    """Return "1 picture" or "2 pictures"."""
+    return f"{number} {noun}" + "s" * (number != 1)
+
+
 def install(extra: str) -> str:
     """Return the command that adds an extra to this installation, from a clone, a file or an index."""
     from importlib.metadata import PackageNotFoundError, distribution

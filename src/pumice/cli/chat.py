@@ -17,7 +17,7 @@ from typer import Argument
 
 from pumice.cli import options, reading
 from pumice.conversation import IMAGE_PLACEHOLDER, Message, question_message
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 from pumice.files import replacing
 
 if TYPE_CHECKING:
@@ -188,9 +188,8 @@ class Chat:
     def _read_line(self) -> str:
         if not self.interactive:
             return input()
-        count = len(self.pending) + len(self.shown)
         with self._prefilled_prompt():
-            return input(f"[{count} picture{'' if count == 1 else 's'}] > ")
+            return input(f"[{counted(len(self.pending) + len(self.shown), 'picture')}] > ")
 
     @contextlib.contextmanager
     def _prefilled_prompt(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from pumice.data.images import DecodedImage, decode_image
 from pumice.data.pictures import Image
 from pumice.data.processes import map_parts
 from pumice.data.rows import ImageFinder, Row, Rows
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 from pumice.images import image_size
 
 Encode = Callable[[Conversation], tuple[int, int]]  # to (tokens, supervised tokens)
@@ -85,9 +85,8 @@ class Scan:
             if row.objects is not None and not any(image.missing for image in checked.images):
                 checked.findings += self._box_findings(row, row.objects)
             if row.added:
-                pictures = "1 picture" if row.added == 1 else f"{row.added} pictures"
-                reason = f"{pictures} without {IMAGE_PLACEHOLDER}, which is put before the first question"
-                checked.findings.append(("<image> added", reason))
+                reason = f"without {IMAGE_PLACEHOLDER}, which is put before the first question"
+                checked.findings.append(("<image> added", f"{counted(row.added, 'picture')} {reason}"))
             if self.encode is not None and not any(image.missing for image in checked.images):
                 try:
                     checked.tokens = self.encode(row.conversation(self.finder))
