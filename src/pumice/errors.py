@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from urllib.parse import unquote, urlparse
 
 NEWER = "; remove it, or update Pumice if a newer version wrote it"  # the remedy for an unknown name
 
@@ -64,6 +61,8 @@ def shorten(value: object, characters: int = 200) -> str:
 
 def instead_of(name: str, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown name: the known one that it may mean, or NEWER."""
+    import difflib  # here, as in `install`: `import pumice` stays quick
+
     if near := difflib.get_close_matches(name, list(known), n=1):
         return f"; did you mean {near[0]!r}?"
     return NEWER
@@ -104,7 +103,9 @@ def counted(number: int, noun: str) -> str:
 
 def install(extra: str) -> str:
     """Return the command that adds an extra to this installation, from a clone, a file or an index."""
+    import json
     from importlib.metadata import PackageNotFoundError, distribution
+    from urllib.parse import unquote, urlparse
 
     try:
         origin = json.loads(distribution("pumice").read_text("direct_url.json") or "{}")
