@@ -13,7 +13,6 @@ import typer
 from typer import Argument, Option
 
 from pumice.cli import options, reading
-from pumice.conversation import Video, check_media
 from pumice.errors import InputError
 from pumice.files import replacing
 from pumice.jsonl import json_text, print_json
@@ -111,6 +110,7 @@ def _is_image_path(text: str) -> bool:
 
 def _open(path: str, frames: int | None) -> Any:
     """Return a picture, or a video: an animation is one only where frames are asked for."""
+    from pumice.conversation import Video
     from pumice.images import open_image
     from pumice.video import is_video
 
@@ -128,13 +128,14 @@ def _ask_one(
     frames: int | None,
     out: Path | None,
 ) -> None:
+    from pumice.conversation import Conversation, Video, question_message
+
     # Before torch is imported, so that a wrong path fails at once.
     opened = [_open(path, frames) for path in images]
     if out is not None and isinstance(opened[-1], Video):
         raise InputError(f"--out {out} draws boxes on a picture, {images[-1]!r} is a video; leave it out")
     options.share_cores()
     from pumice.assistant import CHUNK_SHOWN
-    from pumice.conversation import Conversation, question_message
 
     assistant = opening.load(model, chunk=CHUNK_SHOWN)
     reply = assistant.stream(Conversation((question_message(question, opened),)), **sampling)
@@ -244,6 +245,8 @@ def _answer_rows(
 
 def _read_row(line: str, number: int, folder: Path) -> _Row:
     """Parse one line. A relative picture path is searched in `folder`, then in the working folder."""
+    from pumice.conversation import check_media
+
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
