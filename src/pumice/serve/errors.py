@@ -102,6 +102,13 @@ def cut(text: str, characters: int = LONGEST_VALUE) -> str:
     return text if len(text) <= characters else f"{text[:characters]}... ({len(text)} characters)"
 
 
+def busy(what: str, seconds: int, code: str = "queue_full", **headers: str) -> ApiError:
+    """Return the error of a server that has too much to do. seconds: until it may have time."""
+    return ApiError(
+        429, f"{what}; ask again soon", code=code, headers={"Retry-After": str(seconds), **headers}
+    )
+
+
 def is_stopping() -> ApiError:
     return ApiError(
         503,
@@ -142,14 +149,12 @@ def validation_error(error: ValidationError, known: Collection[str] = ()) -> Api
     if code == "missing":
         hint = f" or null; give {content}" if path[-1] == "content" else ""
         return invalid(param, f"the field '{param}' is missing{hint}", "missing_field")
-    if code == "literal_error" and path[-1] == "type" and path[:1] == ["input"] and len(path) == 3:
+    if code == "literal_error" and path[-1] == "type":
         kind = shorten(problem["input"], 40)
-        message = f"there is no item {kind} here; give {ITEMS}"
-        return invalid(param, message)
-    if code == "literal_error" and path[-1] == "type" and path[-3:-2] == ["content"]:
-        kind = shorten(problem["input"], 40)
-        message = f"there is no part {kind} here; give {content}"
-        return invalid(param, message)
+        if path[:1] == ["input"] and len(path) == 3:
+            return invalid(param, f"there is no item {kind} here; give {ITEMS}")
+        if path[-3:-2] == ["content"]:
+            return invalid(param, f"there is no part {kind} here; give {content}")
     if "content" in path[-2:] and code in ("model_type", "string_type", "union_tag_invalid"):
         message = f"give {content}"
     elif code == "model_type":
