@@ -32,6 +32,17 @@ class InputError(_Sentence, ValueError):
     """
 
 
+class RowError(InputError):
+    """What is wrong with a row of data. kind: in a few words, as `data check` counts it."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[type[RowError], tuple[str, str]]:
+        return type(self), (self.kind, str(self))
+
+
 class ContextOverflow(InputError):
     """The prompt takes more tokens than the model's context, or the engine's cache, holds.
 
