@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from pumice.capability import Capability, fields
 from pumice.config import ImagePolicy, ModelConfig
 from pumice.conversation import BOX_PLACEHOLDER, REF_PLACEHOLDER, Conversation, Objects, Video
-from pumice.errors import InputError
+from pumice.errors import InputError, RowError
 from pumice.geometry import Axis, Placement, Size, placement
 
 if TYPE_CHECKING:
@@ -51,15 +51,8 @@ _JSON_AFTER = re.compile(rf"\s{{0,4}},\s{{0,4}}{_JSON_LABEL.pattern}")
 _PLACEHOLDERS = re.compile(f"{REF_PLACEHOLDER}|{BOX_PLACEHOLDER}")
 
 
-class BoxError(InputError):
-    """What is wrong with the boxes of a row. kind: in a few words, as `data check` counts it."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
-
-    def __reduce__(self) -> tuple[type[BoxError], tuple[str, str]]:
-        return BoxError, (self.kind, str(self))
+class BoxError(RowError):
+    """What is wrong with the boxes of a row."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
-from pumice.errors import InputError
+from pumice.errors import InputError, RowError, counted
 from pumice.media import Frames
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -166,36 +166,42 @@ class Conversation:
         system = self.messages[:1] if self.messages and self.messages[0].role == "system" else ()
         turns = self.messages[len(system) :]
         if any(message.images for message in system):
-            raise InputError(f"{prefix}the system message holds a picture; only the user can show one")
+            reason = f"{prefix}the system message holds a picture; only the user can show one"
+            raise RowError("placeholder count", reason)
         if not turns:
-            raise InputError(f"{prefix}there are no messages; give at least one question")
+            reason = f"{prefix}there are no messages; give at least one question"
+            raise RowError("roles out of order", reason)
         # 2. A text that is not valid Unicode would fail much later, in the tokenizer.
         for message in self.messages:
             try:
                 message.text.encode()
             except UnicodeEncodeError as error:  # half of a surrogate pair, as cut JSON escapes leave it
-                raise InputError(
-                    f"{prefix}a text holds half of a character, {message.text[error.start]!r}; remove it"
-                ) from error
+                half = message.text[error.start]
+                reason = f"{prefix}a text holds half of a character, {half!r}; remove it"
+                raise RowError("broken text", reason) from error
         # 3. User and assistant take turns, as every template expects.
         greeting = not answered and len(turns) > 1 and turns[0].role == "assistant"
         for number, message in enumerate(turns):
             expected = ("user", "assistant")[(number + greeting) % 2]
             if message.role not in ROLES:
-                raise InputError(f"{prefix}unknown role {message.role!r}; use one of {', '.join(ROLES)}")
+                reason = f"{prefix}unknown role {message.role!r}; use one of {', '.join(ROLES)}"
+                raise RowError("unknown speaker", reason)
             if message.role != expected:
-                raise InputError(
+                raise RowError(
+                    "roles out of order",
                     f"{prefix}message {number + 1} is from {message.role!r} where {expected!r} should speak; "
-                    "a conversation starts with the user and takes turns"
+                    "a conversation starts with the user and takes turns",
                 )
             if message.images and message.role != "user":
-                raise InputError(f"{prefix}message {number + 1}: only the user can show a picture")
+                reason = f"{prefix}message {number + 1}: only the user can show a picture"
+                raise RowError("placeholder count", reason)
             if answered and message.role == "assistant" and not message.text.strip():
-                raise InputError(f"{prefix}message {number + 1} is an empty answer; remove the turn")
+                reason = f"{prefix}message {number + 1} is an empty answer; remove the turn"
+                raise RowError("empty answer", reason)
         # 4. Training needs an answer at the end, asking needs a question.
         last_role = turns[-1].role
         if answered and last_role != "assistant":
-            raise InputError(f"{prefix}the last question has no answer to learn from")
+            raise RowError("roles out of order", f"{prefix}the last question has no answer to learn from")
         if continued and last_role != "assistant":
             raise InputError(f"{prefix}the last message must be the assistant's, which is to be continued")
         if not answered and not continued:
@@ -249,21 +255,24 @@ def from_llava(row_id: str, turns: Iterable[tuple[str, str]], images: Sequence[A
     placeholder_count = sum(text.count(IMAGE_PLACEHOLDER) for speaker, text in turns if speaker == "human")
     if placeholder_count != image_count:
         stray = sum(IMAGE_PLACEHOLDER in text for speaker, text in turns if speaker != "human")
-        raise InputError(
-            f"row {row_id!r}: {_count(placeholder_count, '<image> placeholder')} for "
-            f"{_count(image_count, 'picture')}; "
-            "write one placeholder per picture" + (", in a turn of 'human'" if stray else "")
+        raise RowError(
+            "placeholder count",
+            f"row {row_id!r}: {counted(placeholder_count, '<image> placeholder')} for "
+            f"{counted(image_count, 'picture')}; "
+            "write one placeholder per picture" + (", in a turn of 'human'" if stray else ""),
         )
     # 3. Turns become messages, each with the pictures of its placeholders.
     first_turn = 1 if turns and turns[0][0] == "system" else 0
     for number, (speaker, text) in enumerate(turns):
         if speaker not in names:
-            raise InputError(f"row {row_id!r}: unknown speaker {speaker!r}; use 'human' or 'gpt'")
+            reason = f"row {row_id!r}: unknown speaker {speaker!r}; use 'human' or 'gpt'"
+            raise RowError("unknown speaker", reason)
         expected = ("human", "gpt")[(number - first_turn) % 2]
         if number >= first_turn and speaker != expected:
-            raise InputError(
+            raise RowError(
+                "roles out of order",
                 f"row {row_id!r}: turn {number + 1 + left_out} is from {speaker!r} where {expected!r} should "
-                "speak; a row starts with 'human' and takes turns"
+                "speak; a row starts with 'human' and takes turns",
             )
         if speaker != "human":
             messages.append(Message(names[speaker], (text,)))
@@ -304,7 +313,7 @@ def _with_images(text: str, images: Sequence[ImagePart], label: str) -> tuple[st
     count = text.count(IMAGE_PLACEHOLDER)
     if count and count != len(images):
         raise InputError(
-            f"{label}: {_count(count, '<image> placeholder')} for {_count(len(images), 'picture')}; "
+            f"{label}: {counted(count, '<image> placeholder')} for {counted(len(images), 'picture')}; "
             "write one placeholder per picture, or none"
         )
     if count <= 1:
@@ -318,7 +327,3 @@ def _with_images(text: str, images: Sequence[ImagePart], label: str) -> tuple[st
         if piece.strip():
             parts.append(piece)
     return tuple(parts)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")

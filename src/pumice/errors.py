@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from urllib.parse import unquote, urlparse
 
 NEWER = "; remove it, or update Pumice if a newer version wrote it"  # the remedy for an unknown name
 
@@ -33,6 +30,17 @@ class InputError(_Sentence, ValueError):
     The message is one sentence that names the thing and the remedy; the command line prints it
     without a traceback and exits with status 2.
     """
+
+
+class RowError(InputError):
+    """What is wrong with a row of data. kind: in a few words, as `data check` counts it."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[type[RowError], tuple[str, str]]:
+        return type(self), (self.kind, str(self))
 
 
 class ContextOverflow(InputError):
@@ -64,6 +72,8 @@ def shorten(value: object, characters: int = 200) -> str:
 
 def instead_of(name: str, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown name: the known one that it may mean, or NEWER."""
+    import difflib  # here, as in `install`: `import pumice` stays quick
+
     if near := difflib.get_close_matches(name, list(known), n=1):
         return f"; did you mean {near[0]!r}?"
     return NEWER
@@ -97,9 +107,16 @@ def official(describe: Callable[[], str]) -> Iterator[None]:
         ) from error
 
 
+def counted(number: int, noun: str) -> str:
+    """Return "1 picture" or "2 pictures"."""
+    return f"{number} {noun}" + "s" * (number != 1)
+
+
 def install(extra: str) -> str:
     """Return the command that adds an extra to this installation, from a clone, a file or an index."""
+    import json
     from importlib.metadata import PackageNotFoundError, distribution
+    from urllib.parse import unquote, urlparse
 
     try:
         origin = json.loads(distribution("pumice").read_text("direct_url.json") or "{}")

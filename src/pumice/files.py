@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TextIO
@@ -58,6 +56,8 @@ def replacing(path: Path) -> Iterator[TextIO]:
 
     Write bytes to its `buffer`.
     """
+    import tempfile  # here, as hashlib in `sha256`: every command imports this module
+
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     partial = Path(name)
     try:
@@ -73,6 +73,8 @@ def replacing(path: Path) -> Iterator[TextIO]:
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's contents, in hexadecimal digits."""
+    import hashlib
+
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

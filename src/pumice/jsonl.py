@@ -11,7 +11,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pumice.conversation import ImagePart
 from pumice.errors import InputError
 from pumice.files import appending, hold_file, whole_lines
 
@@ -154,6 +153,8 @@ class AnswerFile(ResumableFile["str | InputError"]):
 
 def _name(row: Any) -> dict[str, Any]:
     """Return the part of a line that identifies its row."""
+    from pumice.conversation import ImagePart
+
     if not isinstance(row, list | tuple) or len(row) != 2:
         return {"images": [], "question": repr(row)}
     images, question = row

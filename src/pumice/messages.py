@@ -20,7 +20,7 @@ from pumice.conversation import (
     question_message,
     user_message,
 )
-from pumice.errors import InputError, shorten
+from pumice.errors import InputError, counted, shorten
 
 Parts = tuple[str | ImagePart, ...]
 
@@ -184,5 +184,4 @@ def _check_enough(placed: int, images: Sequence[Any]) -> None:
 
 
 def _placeholders(placed: int, images: Sequence[Any]) -> str:
-    noun = f"{placed} <image> placeholder" + "s" * (placed != 1)
-    return f"{noun} for {len(images)} picture" + "s" * (len(images) != 1)
+    return f"{counted(placed, '<image> placeholder')} for {counted(len(images), 'picture')}"

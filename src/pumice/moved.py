@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
@@ -48,8 +47,11 @@ def _warn(old: str, new: str) -> None:
     warnings.warn(f"{old} is now {new}", DeprecationWarning, stacklevel=3)
 
 
-class _OldModules(MetaPathFinder, Loader):
-    """Imports the new module for an old name, so that both names share one set of classes."""
+class _OldModules:
+    """Imports the new module for an old name, so that both names share one set of classes.
+
+    It has no base class: `importlib.abc` takes as long to import as all else that `import pumice` does.
+    """
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname == "pumice.weights":  # no longer a package: only its module above can be imported
@@ -59,7 +61,8 @@ class _OldModules(MetaPathFinder, Loader):
                 new_name = new + fullname.removeprefix(old)
                 if new_spec := find_spec(new_name):
                     _warn(fullname, new_name)
-                    return ModuleSpec(fullname, self, loader_state=new_spec)
+                    loader: Any = self
+                    return ModuleSpec(fullname, loader, loader_state=new_spec)
         return None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:

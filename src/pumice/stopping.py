@@ -1,16 +1,19 @@
 """How work ends that takes too long.
 
 In a thread it asks between its steps whether it shall stop, as when nobody waits for it any more. In a
-process of its own, the system ends it at a bound of time or memory.
+process of its own, the system ends it at a bound of time or memory. A signal lets a run finish its step.
 """
 
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from types import FrameType
+from typing import Any
 
 _STOP: ContextVar[threading.Event | None] = ContextVar("pumice_stop", default=None)
 
@@ -34,6 +37,33 @@ def check_stopped() -> None:
     stop = _STOP.get()
     if stop is not None and stop.is_set():
         raise Stopped
+
+
+@contextlib.contextmanager
+def at_signal(act: Callable[[int], object]) -> Iterator[None]:
+    """Call `act` with the number of the first SIGINT or SIGTERM; the second one raises KeyboardInterrupt.
+
+    A signal that the process ignores, as behind `&` in a script, stays ignored. In other threads than the
+    main one, which alone may handle signals, nothing changes.
+    """
+    received: list[int] = []
+    before: dict[int, Any] = {}
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        act(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for handled, handler in before.items():
+            signal.signal(handled, handler)
 
 
 def limit_process(cpu_seconds: int, memory: int) -> None:

@@ -21,7 +21,7 @@ from pumice.cli import app
 from pumice.errors import InputError, WorkError
 from pumice.formats.export import export
 from pumice.formats.import_ import import_model
-from pumice.formats.load import new_model, open_model
+from pumice.formats.load import build, new_parts, open_model
 from pumice.formats.pumice import folder
 from pumice.formats.pumice.folder import open_parts
 from pumice.formats.read import read_model
@@ -99,24 +99,25 @@ def test_a_bare_llm_and_a_bare_tower(parts_of: Parts, tmp_path: Path) -> None:
 
 def test_a_recipe_may_start_from_them(parts_of: Parts) -> None:
     tower, llm = map(str, parts_of)
-    opened = new_model(
+    new = new_parts(
         tower, llm, vision={"image_size": 24, "layer": -1}, connector={"kind": "linear"},
         image={"mode": "pad"}, template="v1",
     )  # fmt: skip
+    opened = build(new, "new", torch.device("cpu"), torch.float32, merge=False)
     config = opened.model.config
     assert (config.vision.grid, config.image_tokens, config.vision.layer) == (6, 36, -1)
     assert opened.model.tower.positions.shape == (37, 24)  # interpolated
     assert (config.image.pad_color, config.bos_token_id) == ((122, 116, 104), 1)
-    assert opened.parts == {}
-    assert opened.stored.keys() == opened.model.state_dict().keys()
+    assert new.parts == {}
+    assert new.state.keys() == opened.model.state_dict().keys()
     with pytest.raises(
         InputError, match=r"vision: depth follows from .*config\.json; only layer, select, image"
     ):
-        new_model(tower, llm, vision={"depth": 2}, connector={}, image={}, template="v1")
+        new_parts(tower, llm, vision={"depth": 2}, connector={}, image={}, template="v1")
     with pytest.raises(InputError, match="is a bare language model, not a vision tower"):
-        new_model(llm, llm, vision={}, connector={}, image={}, template="v1")
+        new_parts(llm, llm, vision={}, connector={}, image={}, template="v1")
     with pytest.raises(InputError, match="is a bare vision tower, not a language model"):
-        new_model(tower, tower, vision={}, connector={}, image={}, template="v1")
+        new_parts(tower, tower, vision={}, connector={}, image={}, template="v1")
 
 
 def test_models_of_others_are_asked_directly(

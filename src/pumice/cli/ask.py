@@ -13,7 +13,6 @@ import typer
 from typer import Argument, Option
 
 from pumice.cli import options, reading
-from pumice.conversation import Video, check_media
 from pumice.errors import InputError
 from pumice.files import replacing
 from pumice.jsonl import json_text, print_json
@@ -101,10 +100,7 @@ def _check_drawing(out: Path, images: list[str]) -> None:
         )
     if not images:
         raise InputError(f"--out {out} draws the boxes of an answer on its picture; show one")
-    if not out.absolute().parent.is_dir():
-        raise InputError(f"the folder '{out.parent}' of --out does not exist; make it first")
-    if out.is_dir() or (out.exists() and any(Path(path).exists() and out.samefile(path) for path in images)):
-        raise InputError(f"--out '{out}' is a folder or the picture itself; name another file")
+    options.check_out(out, images, "the picture itself")
 
 
 def _is_image_path(text: str) -> bool:
@@ -117,6 +113,7 @@ def _is_image_path(text: str) -> bool:
 
 def _open(path: str, frames: int | None) -> Any:
     """Return a picture, or a video: an animation is one only where frames are asked for."""
+    from pumice.conversation import Video
     from pumice.images import is_animated, open_image
     from pumice.video import is_video
 
@@ -134,6 +131,8 @@ def _ask_one(
     frames: int | None,
     out: Path | None,
 ) -> None:
+    from pumice.conversation import Conversation, Video, question_message
+
     # Before torch is imported, so that a wrong path fails at once.
     opened = [_open(path, frames) for path in images]
     if frames is not None and not any(isinstance(each, Video) for each in opened):
@@ -142,7 +141,6 @@ def _ask_one(
         raise InputError(f"--out {out} draws boxes on a picture, {images[-1]!r} is a video; leave it out")
     options.share_cores()
     from pumice.assistant import CHUNK_SHOWN
-    from pumice.conversation import Conversation, question_message
     from pumice.engine.sampling import SamplingParams
 
     SamplingParams(**sampling)  # raises before the model is loaded
@@ -175,7 +173,7 @@ class _Row:
     """A line of the input: a question, or the error of the line."""
 
     id: Any
-    images: tuple[str | Path | Video, ...] = ()
+    images: tuple[Any, ...] = ()  # paths and videos
     question: str = ""
     error: str = ""
 
@@ -205,10 +203,7 @@ def _ask_batch(
     ]
     if not rows:
         raise InputError(f"'{source}' holds no questions; write one JSON object per line")
-    if not out.parent.is_dir():
-        raise InputError(f"the folder '{out.parent}' of --out does not exist; make it first")
-    if out.exists() and (out.is_dir() or out.samefile(source)):
-        raise InputError(f"--out '{out}' is a folder or the questions themselves; name another file")
+    options.check_out(out, [source], "the questions themselves")
     partial = out.with_name(f"{out.name}.partial")
     # 2. Answer the rows without an error. `partial` keeps the answers of a run that is stopped.
     valid_rows = [row for row in rows if not row.error]
@@ -266,6 +261,7 @@ def _read_row(line: str, number: int, folder: Path, frames: int | None) -> _Row:
 
     frames: of each video.
     """
+    from pumice.conversation import Video, check_media
     from pumice.data.pictures import beside
 
     try:
@@ -300,7 +296,10 @@ def _paths(values: dict[str, Any], key: str) -> list[str]:
     return paths
 
 
-def _found(image: Any, folder: Path) -> str | Path | Video:
+def _found(image: Any, folder: Path) -> Any:
+    """Return the path of a picture, or a video, in `folder` or else in the working folder."""
+    from pumice.conversation import Video
+
     name = image.name if isinstance(image, Video) else image
     path = candidate if (candidate := folder / name).exists() else name
     return replace(image, source=path) if isinstance(image, Video) else path

@@ -16,12 +16,12 @@ from urllib.parse import unquote, urlparse
 from typer import Argument
 
 from pumice.cli import options, reading
-from pumice.conversation import IMAGE_PLACEHOLDER, Message, question_message
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 from pumice.files import replacing
 
 if TYPE_CHECKING:
     from pumice.assistant import Assistant
+    from pumice.conversation import Message
 
 SAMPLING = options.Sampling(max_new_tokens=512)
 HELP = """\
@@ -124,6 +124,8 @@ class Chat:
             self._ask(line)
 
     def _ask(self, question: str) -> None:
+        from pumice.conversation import Message, question_message
+
         self.unanswered = question
         message = question_message(question, [data for _, data in self.pending])
         text = ""
@@ -188,9 +190,8 @@ class Chat:
     def _read_line(self) -> str:
         if not self.interactive:
             return input()
-        count = len(self.pending) + len(self.shown)
         with self._prefilled_prompt():
-            return input(f"[{count} picture{'' if count == 1 else 's'}] > ")
+            return input(f"[{counted(len(self.pending) + len(self.shown), 'picture')}] > ")
 
     @contextlib.contextmanager
     def _prefilled_prompt(self) -> Iterator[None]:
@@ -214,6 +215,8 @@ class Chat:
 
 def _as_llava(message: Message) -> str:
     """Return a message with `<image>` for each picture. As in LLaVA, a new line follows a single one."""
+    from pumice.conversation import IMAGE_PLACEHOLDER
+
     placeholder = IMAGE_PLACEHOLDER + "\n" * (len(message.images) == 1)
     return "".join(part if isinstance(part, str) else placeholder for part in message.parts)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pumice import __version__
-from pumice.errors import InputError, install
+from pumice.errors import InputError, counted, install
 
 Level = Literal["ok", "note", "problem"]
 GPU_MEMORY = 1.5e9  # bytes; pumice-tiny needs about 1 GB
@@ -113,7 +113,7 @@ def devices() -> list[Finding]:
     from pumice.formats.load import find_device
 
     cores = usable_cores()
-    says = f"{_processor()}, {_count(cores, 'usable core')}, {torch.backends.cpu.get_cpu_capability()}"
+    says = f"{_processor()}, {counted(cores, 'usable core')}, {torch.backends.cpu.get_cpu_capability()}"
     findings = [Finding("cpu", says, value=cores), _native_code()]
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
@@ -179,7 +179,7 @@ def threads(root: Path = Path("/")) -> list[Finding]:
     import torch
 
     cores, used = usable_cores(root), torch.get_num_threads()
-    available = _count(cores, "core")
+    available = counted(cores, "core")
     own, others = Finding("torch threads", f"{used} on {available}", value=used), _load(cores, available)
     if used <= cores:
         return [own, others]
@@ -235,14 +235,10 @@ def _copies() -> Finding:
         limit = cache_limit()
     except InputError as error:
         return Finding("copies", str(error), "problem", f"unset {LIMIT_VARIABLE}, or set it to 20", size)
-    says = f"{_count(count, 'folder')} of quantised weights in {folder}, {_size(size)} of at most "
+    says = f"{counted(count, 'folder')} of quantised weights in {folder}, {_size(size)} of at most "
     says += f"{_size(limit)} ({LIMIT_VARIABLE}); what you delete there is made again when it is used"
     return Finding("copies", says, value=size)
 
 
 def _size(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -226,34 +226,24 @@ def _format(template: str, path: Path) -> tuple[Template | Plain, Tokenizer, int
     from pumice.config import ModelConfig
     from pumice.errors import InputError
     from pumice.formats.gguf.tokenizer import read_gguf_tokenizer
-    from pumice.formats.text.isolated import describe
+    from pumice.formats.text.read import TextSide
     from pumice.formats.text.tokenizer import read_tokenizer
     from pumice.storage.json_file import read_json
     from pumice.templates import OWN, get_template
     from pumice.tokens import Tokenizer
 
-    files = read_tokenizer(path, read_gguf_tokenizer)
-    text_tokenizer, bos = Tokenizer(files.backend), files.bos_id
+    side = TextSide(read_tokenizer(path, read_gguf_tokenizer))
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if "pumice_format" in config:  # a Pumice model folder
         model = ModelConfig.from_dict(config)
         chat_format = get_template(model.template if template == OWN else template, model.chat)
         bos = model.bos_token_id
-    elif template != OWN:
-        chat_format = get_template(template)
-    elif files.chat_template is None:
+    elif template == OWN and side.files.chat_template is None:
         raise InputError(f"{path} describes no chat format; name one with --template")
     else:
-        description = describe(
-            files.chat_template,
-            bos=files.bos,
-            eos=files.eos,
-            specials=text_tokenizer.special,
-            label=str(path),
-        )
-        chat_format = get_template(description.template, description.chat)
-        if description.writes_bos and files.bos is not None:
-            bos = text_tokenizer.id_of(files.bos)
+        name, chat, writes_bos, _ = side.chat_format(template, str(path))
+        chat_format, bos = get_template(name, chat), side.bos_id(writes_bos)
+    text_tokenizer = Tokenizer(side.tokenizer)
     # Raises InputError if the tokenizer lacks special tokens of the template.
     text_tokenizer.stops(chat_format)
     return chat_format, text_tokenizer, bos

@@ -12,6 +12,7 @@ from typer import Option
 
 from pumice import __version__
 from pumice.cli import options
+from pumice.errors import counted
 from pumice.jsonl import print_json
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def doctor(
         }
         print_json(values)
     elif problems:
-        console.print(f"{problems} {'problem' if problems == 1 else 'problems'}; each has a remedy above.")
+        console.print(f"{counted(problems, 'problem')}; each has a remedy above.")
     else:
         console.print("Nothing is wrong.")
     if problems:

@@ -56,12 +56,7 @@ def explain(
     if out is not None:
         if suffix not in SUFFIXES:
             raise InputError(f"--out '{out}' must end in .html, .png or .json")
-        if not out.parent.is_dir():
-            raise InputError(f"the folder '{out.parent}' of --out does not exist; make it first")
-        if out.is_dir() or any(
-            Path(name).exists() and out.exists() and out.samefile(name) for name in images
-        ):
-            raise InputError(f"--out '{out}' is a folder or the picture itself; name another file")
+        options.check_out(out, images, "the picture itself")
     if occlusion and suffix == ".png" and not as_json:
         raise InputError("a strip does not show --occlusion; write a page.html or a data.json")
 

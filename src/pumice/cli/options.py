@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
 from types import GenericAlias
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from typer import Option
+
+from pumice.errors import InputError
 
 if TYPE_CHECKING:
     from pumice.assistant import Assistant
@@ -83,6 +86,14 @@ def given(context: typer.Context, settings: Any) -> dict[str, Any]:
     sources = {name: context.get_parameter_source(name) for name in vars(settings)}
     words = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
     return {name: getattr(settings, name) for name in words}
+
+
+def check_out(out: Path, inputs: Iterable[str | Path], what: str) -> None:
+    """Raise InputError unless --out can be written and is none of the inputs. what: those in words."""
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"the folder '{out.parent}' of --out does not exist; make it first")
+    if out.is_dir() or (out.exists() and any(Path(path).exists() and out.samefile(path) for path in inputs)):
+        raise InputError(f"--out '{out}' is a folder or {what}; name another file")
 
 
 def share_cores(*, waits_for_people: bool = False) -> None:

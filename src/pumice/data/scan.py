@@ -13,7 +13,7 @@ from pumice.data.images import DecodedImage, decode_image, decode_video
 from pumice.data.pictures import Image
 from pumice.data.processes import map_parts
 from pumice.data.rows import ImageFinder, Row, Rows
-from pumice.errors import InputError
+from pumice.errors import InputError, RowError, counted
 from pumice.images import image_size
 
 Encode = Callable[[Conversation], tuple[int, int]]  # to (tokens, supervised tokens)
@@ -73,21 +73,20 @@ class Scan:
         try:
             row = source[index]
         except InputError as error:
-            kind = error.kind if isinstance(error, BoxError) else "malformed row"
+            kind = error.kind if isinstance(error, RowError) else "malformed row"
             return CheckedRow(index + 1, findings=[(kind, str(error))], malformed=True)
         checked = CheckedRow(index + 1, row.id, images=[self._check_image(image, row) for image in row.image])
         try:
             row.conversation(None)
         except InputError as error:
-            kind = error.kind if isinstance(error, BoxError) else _turns_problem_kind(row)
+            kind = error.kind if isinstance(error, RowError) else "malformed row"
             checked.findings.append((kind, str(error)))
         else:
             if row.objects is not None and not any(image.missing for image in checked.images):
                 checked.findings += self._box_findings(row, row.objects)
             if row.added:
-                pictures = "1 picture" if row.added == 1 else f"{row.added} pictures"
-                reason = f"{pictures} without {IMAGE_PLACEHOLDER}, which is put before the first question"
-                checked.findings.append(("<image> added", reason))
+                reason = f"without {IMAGE_PLACEHOLDER}, which is put before the first question"
+                checked.findings.append(("<image> added", f"{counted(row.added, 'picture')} {reason}"))
             if self.encode is not None and not any(image.missing for image in checked.images):
                 try:
                     checked.tokens = self.encode(row.conversation(self.finder))
@@ -132,19 +131,3 @@ class Scan:
 def _crashed(index: int) -> CheckedRow:
     reason = "its picture crashes the library that decodes it; remove it"
     return CheckedRow(index + 1, findings=[("picture unreadable", reason)], malformed=True)
-
-
-def _turns_problem_kind(row: Row) -> str:
-    placeholders = sum(text.count(IMAGE_PLACEHOLDER) for speaker, text in row.turns if speaker == "human")
-    if placeholders != len(row.image):
-        return "placeholder count"
-    speakers = [speaker for speaker, _ in row.turns]
-    if set(speakers) - {"human", "gpt", "system"}:
-        return "unknown speaker"
-    if any("\ud800" <= letter <= "\udfff" for _, text in row.turns for letter in text):
-        return "broken text"
-    if speakers[0] == "system":
-        del speakers[0]
-    if speakers != ["human", "gpt"] * (len(speakers) // 2):
-        return "roles out of order"
-    return "empty answer"

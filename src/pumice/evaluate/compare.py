@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 from pumice.evaluate.metrics.bootstrap import draws, mcnemar
 from pumice.evaluate.task import Answered, Task, mean_statistic
 
@@ -87,7 +87,7 @@ def verdict(comparison: Mapping[str, Any]) -> str:
         names.reverse()
         better, worse = worse, better
     relation = f"{format_points(abs(gain))} points better than" if gain else "as good as"
-    counts = f"{better} answer{'' if better == 1 else 's'} better, {worse} worse"
+    counts = f"{counted(better, 'answer')} better, {worse} worse"
     return f"{names[0]} is {relation} {names[1]} ({counts})"
 
 

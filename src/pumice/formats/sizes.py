@@ -83,14 +83,16 @@ def least_memory(
     return sum(weights.values()) + cache + process
 
 
+def free_memory(device: torch.device) -> float | None:
+    """Return the bytes that are free on a device; None if unknown."""
+    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_memory()
+
+
 def check_memory(
     loaded: LoadedParts, label: str, quantize: str | None, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Raise InputError if the model cannot be opened in the memory that is free; it names what could."""
-    if device.type == "cuda":
-        free: float | None = float(torch.cuda.mem_get_info(device)[0])
-    else:
-        free = available_memory()
+    free = free_memory(device)
     needed = least_memory(loaded, quantize, device, dtype)
     if free is None or needed <= free:
         return

@@ -150,11 +150,14 @@ class Llava(nn.Module):
             raise ValueError(
                 f"input_ids hold {placeholders} image placeholders, the pictures give {count} tokens"
             )
-        ids = to_device(input_ids, self.device)
+        return self.place(to_device(input_ids, self.device), image_tokens if count else None)
+
+    def place(self, ids: Tensor, image_tokens: Tensor | None) -> Tensor:
+        """Do what `merge` does with ids on the device, without counting the placeholders."""
         is_placeholder = ids == IMAGE_TOKEN
         # Placeholders have no embedding: look up token 0, which is overwritten below.
         embedded = self.decoder.embed(ids.masked_fill(is_placeholder, 0))
-        if image_tokens is None or not count:
+        if image_tokens is None:
             return embedded
         return embedded.masked_scatter(is_placeholder[..., None], image_tokens.to(embedded.dtype))
 

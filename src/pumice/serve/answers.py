@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -143,22 +143,31 @@ class AnswerForm(ABC):
 
 
 @dataclass
-class ChatForm(AnswerForm):
-    """Writes answers to a conversation. logprobs, include_usage: whether the request asks for them.
-
-    count: of the answers.
-    """
+class OpenAiForm(AnswerForm):
+    """Writes answers as OpenAI does. logprobs, include_usage: whether the request asks for them."""
 
     model: str
     logprobs: bool
     include_usage: bool
+    PREFIX: ClassVar[str]  # of an answer's id
+
+    def __post_init__(self) -> None:
+        answer_id = f"{self.PREFIX}-{secrets.token_hex(12)}"
+        self._head: dict[str, Any] = {"id": answer_id, "created": int(time.time()), "model": self.model}
+        self._head["system_fingerprint"] = FINGERPRINT
+        self._no_usage: dict[str, Any] = {"usage": None} if self.include_usage else {}
+
+
+@dataclass
+class ChatForm(OpenAiForm):
+    """Writes answers to a conversation. count: of the answers."""
+
     count: int = 1
-    id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
-    created: int = field(default_factory=lambda: int(time.time()))
+    PREFIX = "chatcmpl"
 
     def response(self, answers: Sequence[AnswerPiece], usage: Usage) -> BaseModel:
         choices = [self._choice(answer) for answer in answers]
-        return ChatCompletion(**self._head("chat.completion"), choices=choices, usage=usage)
+        return ChatCompletion(object="chat.completion", **self._head, choices=choices, usage=usage)
 
     def begin(self, _: Usage) -> bytes:
         """Return the events that name the role."""
@@ -185,9 +194,7 @@ class ChatForm(AnswerForm):
         )
 
     def end(self, usage: Usage) -> bytes:
-        if not self.include_usage:
-            return DONE
-        return event(ChatChunk(**self._head("chat.completion.chunk"), choices=[], usage=usage)) + DONE
+        return (self._chunk([], usage=usage) if self.include_usage else b"") + DONE
 
     def _choice(self, answer: AnswerPiece) -> ChatChoice:
         assert answer.finish is not None
@@ -205,7 +212,7 @@ class ChatForm(AnswerForm):
         )
 
     def progress(self, progress: PromptProgress) -> bytes:
-        return event(ChatChunk(**self._head("chat.completion.chunk"), choices=[], prompt_progress=progress))
+        return self._chunk([], prompt_progress=progress)
 
     def _event(
         self,
@@ -215,32 +222,21 @@ class ChatForm(AnswerForm):
         finish: Finish | None = None,
     ) -> bytes:
         choice = ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish)
-        usage: dict[str, Any] = {"usage": None} if self.include_usage else {}
-        return event(ChatChunk(**self._head("chat.completion.chunk"), choices=[choice], **usage))
+        return self._chunk([choice], **self._no_usage)
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": FINGERPRINT,
-        }
+    def _chunk(self, choices: list[ChatChunkChoice], **more: Any) -> bytes:
+        return event(ChatChunk(object="chat.completion.chunk", **self._head, choices=choices, **more))
 
     def _logprobs(self, tokens: Sequence[LogprobEntry]) -> ChoiceLogprobs | None:
         return ChoiceLogprobs(content=list(tokens), refusal=None) if self.logprobs else None
 
 
 @dataclass
-class CompletionForm(AnswerForm):
-    """Writes continuations of texts. only_prompts: nothing continues them. All else is as in `ChatForm`."""
+class CompletionForm(OpenAiForm):
+    """Writes continuations of texts. only_prompts: nothing continues them."""
 
-    model: str
-    logprobs: bool
-    include_usage: bool
     only_prompts: bool = False
-    id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
-    created: int = field(default_factory=lambda: int(time.time()))
+    PREFIX = "cmpl"
     _offsets: dict[int, int] = field(default_factory=dict)  # index -> characters so far
 
     def response(self, answers: Sequence[AnswerPiece], usage: Usage) -> BaseModel:
@@ -249,8 +245,7 @@ class CompletionForm(AnswerForm):
 
     def piece(self, piece: AnswerPiece) -> bytes:
         logprobs = self._logprobs(piece) if piece.tokens or piece.finish is None else None
-        usage: dict[str, Any] = {"usage": None} if self.include_usage else {}
-        return event(self._completion([self._choice(piece, logprobs)], **usage))
+        return event(self._completion([self._choice(piece, logprobs)], **self._no_usage))
 
     def end(self, usage: Usage) -> bytes:
         return (event(self._completion([], usage=self._usage(usage))) if self.include_usage else b"") + DONE
@@ -264,15 +259,7 @@ class CompletionForm(AnswerForm):
         return usage.model_copy(update={"completion_tokens": 0, "total_tokens": usage.prompt_tokens})
 
     def _completion(self, choices: list[CompletionChoice], **more: Any) -> Completion:
-        return Completion(
-            object="text_completion",
-            id=self.id,
-            created=self.created,
-            model=self.model,
-            system_fingerprint=FINGERPRINT,
-            choices=choices,
-            **more,
-        )
+        return Completion(object="text_completion", **self._head, choices=choices, **more)
 
     @staticmethod
     def _choice(piece: AnswerPiece, logprobs: CompletionLogprobs | None) -> CompletionChoice:

@@ -23,7 +23,7 @@ from pumice.errors import ContextOverflow, InputError
 from pumice.serve.answers import AnswerForm, AnswerPiece, ChatForm, CompletionForm, ModelResponse, join
 from pumice.serve.anthropic import AnthropicForm, AnthropicRequest
 from pumice.serve.boxes import BoxesRequest, boxes_in
-from pumice.serve.errors import ApiError, context_overflow, not_json, unknown_model, validation_error
+from pumice.serve.errors import ApiError, context_overflow, invalid, not_json, unknown_model, validation_error
 from pumice.serve.explanation import check_explained, explanation_json
 from pumice.serve.fetch import Fetcher
 from pumice.serve.grammars import HeldTo, held_to, tool_schemas
@@ -178,7 +178,7 @@ class Backend:
         count = request.n or 1
         if len(request.prompts) * count > MAX_ANSWERS:
             message = f"{len(request.prompts)} prompts with {count} answers each are more than {MAX_ANSWERS}"
-            raise ApiError(400, f"{message}; ask for fewer at once", param="n", code="too_many_answers")
+            raise invalid("n", f"{message}; ask for fewer at once", "too_many_answers")
         sampling = self._sampling(request)
         if request.logprobs is not None:
             sampling["logprobs"] = request.logprobs
@@ -216,12 +216,11 @@ class Backend:
         request = await self._parse(ExplainRequest, body)
         pictures, pixels = await self._read_images(record, request)
         if pixels > self.settings.max_pixels:
-            raise ApiError(
-                400,
+            raise invalid(
+                "messages",
                 f"the pictures have {pixels / 1e6:.1f} megapixels together, an explanation may show "
                 f"{self.settings.max_pixels / 1e6:g}; send smaller copies",
-                param="messages",
-                code="image_too_large",
+                "image_too_large",
             )
         async with self._input_errors("messages", pictures, kind=kind_of(0, pixels)):
             # Not in the thread of explanations: there is only one.
@@ -377,7 +376,7 @@ class Backend:
             damaged = await self._workers.run(kind, find_damaged, pictures) if pictures else None
             if damaged is not None:
                 param, code = damaged, "invalid_image"
-            raise ApiError(400, str(error), param=param, code=code) from error
+            raise invalid(param, str(error), code) from error
 
     async def _answer(
         self,
@@ -422,7 +421,7 @@ def _as_chat(
     try:
         return request.chat()
     except ValidationError as error:  # one turn may become several messages: together too many
-        raise ApiError(400, validation_error(error).message, param=field) from None
+        raise invalid(field, validation_error(error).message) from None
 
 
 def _several(prompt: Prompt, count: int) -> list[Prompt]:

@@ -92,9 +92,21 @@ class ApiError(Exception):
         return ModelResponse(body, self.status, self.headers)
 
 
+def invalid(param: str | None, message: str, code: str | None = None) -> ApiError:
+    """Return the error of a request whose field `param` is wrong."""
+    return ApiError(400, message, param=param, code=code)
+
+
 def cut(text: str, characters: int = LONGEST_VALUE) -> str:
     """Return a text that a client may have sent as it comes back to it: shortened."""
     return text if len(text) <= characters else f"{text[:characters]}... ({len(text)} characters)"
+
+
+def busy(what: str, seconds: int, code: str = "queue_full", **headers: str) -> ApiError:
+    """Return the error of a server that has too much to do. seconds: until it may have time."""
+    return ApiError(
+        429, f"{what}; ask again soon", code=code, headers={"Retry-After": str(seconds), **headers}
+    )
 
 
 def is_stopping() -> ApiError:
@@ -127,24 +139,22 @@ def validation_error(error: ValidationError, known: Collection[str] = ()) -> Api
         path.append(context["field"])
     param = cut(".".join(path)) or None
     if path and path[0] in REMEDIES and len(path) == 1:
-        return ApiError(400, REMEDIES[path[0]], param=param, code="unsupported_value")
+        return invalid(param, REMEDIES[path[0]], "unsupported_value")
     if context.get("expected") in ("False", "''") or context.get("max_length") == 0:  # only absent is right
-        return ApiError(400, f"{param} is not supported; leave it out", param=param, code="unsupported_value")
+        return invalid(param, f"{param} is not supported; leave it out", "unsupported_value")
     if code == "extra_forbidden":
         near = difflib.get_close_matches(path[0], known, n=1, cutoff=NEAR) if len(path) == 1 else ()
         remedy = f"did you mean '{near[0]}'?" if near else "leave it out"
-        return ApiError(400, f"unknown field '{param}'; {remedy}", param=param, code="unknown_field")
+        return invalid(param, f"unknown field '{param}'; {remedy}", "unknown_field")
     if code == "missing":
         hint = f" or null; give {content}" if path[-1] == "content" else ""
-        return ApiError(400, f"the field '{param}' is missing{hint}", param=param, code="missing_field")
-    if code == "literal_error" and path[-1] == "type" and path[:1] == ["input"] and len(path) == 3:
+        return invalid(param, f"the field '{param}' is missing{hint}", "missing_field")
+    if code == "literal_error" and path[-1] == "type":
         kind = shorten(problem["input"], 40)
-        message = f"there is no item {kind} here; give {ITEMS}"
-        return ApiError(400, message, param=param, code="invalid_value")
-    if code == "literal_error" and path[-1] == "type" and path[-3:-2] == ["content"]:
-        kind = shorten(problem["input"], 40)
-        message = f"there is no part {kind} here; give {content}"
-        return ApiError(400, message, param=param, code="invalid_value")
+        if path[:1] == ["input"] and len(path) == 3:
+            return invalid(param, f"there is no item {kind} here; give {ITEMS}")
+        if path[-3:-2] == ["content"]:
+            return invalid(param, f"there is no part {kind} here; give {content}")
     if "content" in path[-2:] and code in ("model_type", "string_type", "union_tag_invalid"):
         message = f"give {content}"
     elif code == "model_type":
@@ -152,7 +162,7 @@ def validation_error(error: ValidationError, known: Collection[str] = ()) -> Api
     prefix = f"'{param}': " if param else "the body: "
     message = message.removeprefix("Value error, ").replace(" after validation", "")
     message = message.replace("a valid dictionary", "an object").replace("Dictionary", "Object")
-    return ApiError(400, f"{prefix}{message[:1].lower()}{message[1:]}", param=param, code="invalid_value")
+    return invalid(param, f"{prefix}{message[:1].lower()}{message[1:]}")
 
 
 def not_json(error: ValueError) -> ApiError:
@@ -161,13 +171,12 @@ def not_json(error: ValueError) -> ApiError:
 
 def context_overflow(error: ContextOverflow, param: str) -> ApiError:
     """Return the error in OpenAI's words, by which client libraries recognise it."""
-    return ApiError(
-        400,
+    return invalid(
+        param,
         f"This model's maximum context length is {error.limit} tokens. However, you requested at least "
         f"{error.tokens + 1} tokens ({error.tokens} in the {param}, 1 or more in the completion). "
         f"Please reduce the length of the {param}, or show fewer pictures.",
-        param=param,
-        code="context_length_exceeded",
+        "context_length_exceeded",
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 import httpx
 
-from pumice.serve.errors import ApiError
+from pumice.serve.errors import ApiError, invalid
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], Awaitable[list[str]]]
@@ -80,7 +80,7 @@ class Fetcher:
         """
 
         def url_error(reason: str) -> ApiError:
-            return ApiError(400, f"the picture {_short(url)} {reason}", param=param, code="invalid_image_url")
+            return invalid(param, f"the picture {_short(url)} {reason}", "invalid_image_url")
 
         try:
             with anyio.fail_after(self._seconds):

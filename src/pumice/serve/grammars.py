@@ -10,7 +10,7 @@ from typing import Any
 
 from pumice.engine.constraint import json_rule, quoted
 from pumice.errors import InputError
-from pumice.serve.errors import ApiError
+from pumice.serve.errors import invalid
 from pumice.serve.messages import FunctionDescription
 from pumice.serve.protocol import ChatRequest, GenerationRequest
 from pumice.serve.tools import ToolUse, call_rules
@@ -56,11 +56,11 @@ def held_to(request: GenerationRequest, tools: ToolUse | None = None) -> HeldTo 
         for field in asked:
             if field != "response_format":
                 message = f"{field} and a tool_choice that requires a call exclude each other; give one"
-                raise ApiError(400, message, param=field, code="invalid_value")
+                raise invalid(field, message)
         return _calls(tools.functions, with_marks=tools.around is not None)
     if len(asked) > 1:
         fields = " and ".join(asked)
-        raise ApiError(400, f"{fields} exclude each other; give one", param=[*asked][1], code="invalid_value")
+        raise invalid([*asked][1], f"{fields} exclude each other; give one")
     return next((_rule(field, *item) for field, item in asked.items()), None)
 
 
@@ -84,7 +84,7 @@ def _calls(functions: Sequence[FunctionDescription], field: str = "tools", **for
     try:
         return HeldTo(call_rules(functions, **form), field, "schema", code)
     except InputError as error:  # too large, too deep, or with settings of the library's
-        raise ApiError(400, str(error), param=field, code=code) from error
+        raise invalid(field, str(error), code) from error
 
 
 def _rule(field: str, kind: str, value: Any) -> HeldTo:
@@ -100,4 +100,4 @@ def _rule(field: str, kind: str, value: Any) -> HeldTo:
         return HeldTo(f"start: {json_rule(schema)}", field, "JSON schema", "invalid_json_schema")
     except (ValueError, TypeError, RecursionError) as error:
         message = str(error) if isinstance(error, InputError) else f"{field} is no JSON Schema ({error})"
-        raise ApiError(400, message, param=field, code="invalid_json_schema") from error
+        raise invalid(field, message, "invalid_json_schema") from error

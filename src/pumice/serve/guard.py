@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pumice.errors import shorten
-from pumice.serve.errors import ApiError, is_stopping
+from pumice.serve.errors import ApiError, busy, is_stopping
 from pumice.serve.observe import request_record
 from pumice.serve.openapi import OPERATIONS
 from pumice.serve.settings import ServerSettings
@@ -141,12 +141,8 @@ class Guard:
     def _check_connections(self) -> None:
         limit = self.settings.max_connections
         if self.gate.connections() > limit:
-            raise ApiError(
-                429,
-                f"more than {limit} connections are open; ask again soon",
-                code="too_many_connections",
-                headers={"Retry-After": "1", "Connection": "close"},
-            )
+            open_ones = f"more than {limit} connections are open"
+            raise busy(open_ones, 1, "too_many_connections", Connection="close")
 
     def _check_host(self, headers: Headers) -> None:
         if self._hosts is None:
@@ -196,12 +192,8 @@ class Guard:
                 code="unsupported_media_type",
             )
         if self.gate.full:
-            raise ApiError(
-                429,
-                f"{self.gate.in_flight} requests are being answered or waiting already; ask again soon",
-                code="queue_full",
-                headers={"Retry-After": str(self.gate.retry_after)},
-            )
+            waiting = f"{self.gate.in_flight} requests are being answered or waiting already"
+            raise busy(waiting, self.gate.retry_after)
         try:
             length = int(headers.get("content-length", "0"))
         except ValueError:

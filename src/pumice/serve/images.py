@@ -13,7 +13,7 @@ from pumice.geometry import tile_layout
 from pumice.images import EnormousImage, image_size, open_image
 from pumice.media import Frames, VideoPolicy
 from pumice.messages import decode_data_url
-from pumice.serve.errors import ApiError
+from pumice.serve.errors import invalid
 from pumice.serve.fetch import Fetcher
 from pumice.serve.messages import ImageUrl, VideoUrl
 from pumice.serve.settings import ServerSettings
@@ -47,11 +47,10 @@ async def read_images(
     there are too many pictures, or when one cannot be read or has too many pixels.
     """
     if len(images) > settings.max_images:
-        raise ApiError(
-            400,
+        raise invalid(
+            images[settings.max_images][0],
             f"the request shows {len(images)} pictures, {settings.max_images} are allowed; show fewer",
-            param=images[settings.max_images][0],
-            code="too_many_images",
+            "too_many_images",
         )
     fetched = await asyncio.gather(*(_fetch(param, image, fetcher, memory) for param, image in images))
     files = []
@@ -101,25 +100,22 @@ async def _fetch(
     if scheme.startswith("data:"):
         return None
     if isinstance(image, VideoUrl):
-        raise ApiError(
-            400,
+        raise invalid(
+            param,
             f"'{param}' begins with {url[:12]!r}; give a video as data:video/mp4;base64,...",
-            param=param,
-            code="invalid_video_url",
+            "invalid_video_url",
         )
     if not scheme.startswith(("http://", "https://")):
-        raise ApiError(
-            400,
+        raise invalid(
+            param,
             f"'{param}' begins with {url[:12]!r}; give a picture as data:image/jpeg;base64,...",
-            param=param,
-            code="invalid_image_url",
+            "invalid_image_url",
         )
     if fetcher is None:
-        raise ApiError(
-            400,
+        raise invalid(
+            param,
             "this server fetches no pictures from the web; send it as data:image/jpeg;base64,...",
-            param=param,
-            code="image_urls_not_allowed",
+            "image_urls_not_allowed",
         )
     return await fetcher.get(url, param, memory.take)
 
@@ -131,7 +127,7 @@ def _take_frames(
     try:
         frames = read_frames(Video(data), policy)
     except InputError as error:
-        raise ApiError(400, str(error), param=param, code="invalid_video") from error
+        raise invalid(param, str(error), "invalid_video") from error
     return frames, tuple(_check(param, frame, settings) for frame in frames.images)
 
 
@@ -142,16 +138,15 @@ def _check(param: str, data: bytes, settings: ServerSettings) -> tuple[int, int]
     except EnormousImage:
         excess = "has"
     except InputError as error:
-        raise ApiError(400, str(error), param=param, code="invalid_image") from error
+        raise invalid(param, str(error), "invalid_image") from error
     else:
         if width * height <= settings.max_pixels:
             return width, height
         excess = f"is {width} x {height},"
-    raise ApiError(
-        400,
+    raise invalid(
+        param,
         f"the picture {excess} more than {settings.max_pixels / 1e6:g} megapixels; send a smaller copy",
-        param=param,
-        code="image_too_large",
+        "image_too_large",
     )
 
 
@@ -160,4 +155,4 @@ def _decode(param: str, image: ImageUrl | VideoUrl) -> bytes:
         return decode_data_url(image.url)
     except InputError as error:
         code = "invalid_video_url" if isinstance(image, VideoUrl) else "invalid_image_url"
-        raise ApiError(400, f"'{param}': {error}", param=param, code=code) from error
+        raise invalid(param, f"'{param}': {error}", code) from error

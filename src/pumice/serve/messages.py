@@ -33,48 +33,26 @@ def field_error(field: str, message: str) -> PydanticCustomError:
 
 # Fields -> values that ask for nothing. They are taken as if the field were absent, as null and [] are.
 ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
-    "add_special_tokens": (True,),
-    "best_of": (1,),
-    "cache_prompt": (True, False),
-    "backend_sampling": (True, False),
-    "continuous_usage_stats": (False,),
-    "dry_multiplier": (0,),
-    "dynatemp_range": (0,),
-    "early_stopping": (False,),
-    "echo": (False,),
-    "enable_thinking": (False,),
-    "function_call": ("none", "auto", ""),
-    "grammar": ("",),
-    "guided_grammar": ("",),
-    "guided_regex": ("",),
-    "id_slot": (-1,),
-    "ignore_eos": (False,),
-    "include_reasoning": (True, False),
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1,),
-    "logprobs": (False,),
-    "min_tokens": (0,),
-    "mirostat": (0,),
-    "priority": (0,),
-    "response_format": ("",),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "safe_prompt": (False,),
-    "seed": (-1,),
-    "shift": (True,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "stop": ("",),
-    "tfs_z": (1,),
-    "timings_per_token": (False,),
-    "tool_choice": ("none", "auto", ""),
-    "truncate": (True,),
-    "typ_p": (1,),
-    "top_a": (0,),
-    "top_logprobs": (0,),
-    "typical_p": (1,),
-    "use_beam_search": (False,),
-    "xtc_probability": (0,),
+    field: values
+    for fields, values in (
+        ("add_special_tokens shift skip_special_tokens spaces_between_special_tokens truncate", (True,)),
+        ("backend_sampling cache_prompt include_reasoning", (True, False)),
+        (
+            "continuous_usage_stats early_stopping echo enable_thinking ignore_eos logprobs safe_prompt "
+            "include_stop_str_in_output return_token_ids return_tokens_as_token_ids timings_per_token "
+            "use_beam_search",
+            (False,),
+        ),
+        ("best_of length_penalty tfs_z typ_p typical_p", (1,)),
+        (
+            "dry_multiplier dynatemp_range min_tokens mirostat priority top_a top_logprobs xtc_probability",
+            (0,),
+        ),
+        ("id_slot seed", (-1,)),
+        ("function_call tool_choice", ("none", "auto", "")),
+        ("grammar guided_grammar guided_regex response_format stop", ("",)),
+    )
+    for field in fields.split()
 }
 # Settings of samplers that another field would have to turn on; that one is refused.
 NEEDS_ANOTHER = frozenset(

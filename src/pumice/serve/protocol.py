@@ -266,6 +266,17 @@ class CompletionRequest(GenerationRequest):
 
 # --- responses ---
 
+
+class AnswerHead(BaseModel):
+    """The fields that every answer and every part of one begins with."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
 Finish = Literal["stop", "length", "tool_calls"]
 
 
@@ -336,12 +347,8 @@ class ChatChoice(BaseModel):
     finish_reason: Finish
 
 
-class ChatCompletion(BaseModel):
-    id: str
+class ChatCompletion(AnswerHead):
     object: Literal["chat.completion"]
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
 
@@ -359,12 +366,8 @@ class ChatChunkChoice(BaseModel):
     finish_reason: Finish | None
 
 
-class ChatChunk(BaseModel):
-    id: str
+class ChatChunk(AnswerHead):
     object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
     prompt_progress: PromptProgress | None = None
@@ -384,12 +387,8 @@ class CompletionChoice(BaseModel):
     finish_reason: Finish | None
 
 
-class Completion(BaseModel):
-    id: str
+class Completion(AnswerHead):
     object: Literal["text_completion"]
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
     prompt_progress: PromptProgress | None = None

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from pydantic import ValidationError
 
 from pumice.errors import shorten
-from pumice.serve.errors import ApiError
+from pumice.serve.errors import invalid
 from pumice.serve.responses import CallItem, InputItem, MessageItem, ReferenceItem, ResponsesRequest
 from pumice.serve.work import BODY_COPIES, Account
 
@@ -60,12 +60,11 @@ class StoredItems:
         if not isinstance(item, ReferenceItem):
             return item
         if (owner, item.id) not in self._items:
-            raise ApiError(
-                400,
+            raise invalid(
+                f"input.{number}.id",
                 f"the item {shorten(item.id)} is not here any more; send it whole: only the last answers are "
                 "kept, and none with store false",
-                param=f"input.{number}.id",
-                code="item_not_found",
+                "item_not_found",
             )
         found, size = self._items[owner, item.id]
         memory.take(BODY_COPIES * size)

@@ -230,9 +230,9 @@ class EventStream(StreamingResponse):
         first: AnswerPiece | PromptProgress,
         others: AsyncIterator[AnswerPiece | PromptProgress],
     ) -> None:
-        self._running = running
+        self._running, self._form = running, form
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(_events(running, form, first, others), media_type=form.media_type, headers=headers)
+        super().__init__(self._events(first, others), media_type=form.media_type, headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._running.record.stop = self._running.stop
@@ -243,30 +243,27 @@ class EventStream(StreamingResponse):
         finally:
             self._running.end()
 
+    async def _events(
+        self, first: AnswerPiece | PromptProgress, others: AsyncIterator[AnswerPiece | PromptProgress]
+    ) -> AsyncIterator[bytes]:
+        running, form = self._running, self._form
+        try:
+            yield form.begin(running.usage()) + self._data(first)
+            async for piece in others:
+                if data := self._data(piece):
+                    yield data
+            yield form.end(running.usage())
+        except ApiError as error:
+            running.record.add_error(error)
+            yield form.error(error.body())
+        except Exception as error:  # too late for a status: send an event, and log the trace
+            running.record.error = error
+            yield form.error(internal_error(running.record).body())
 
-async def _events(
-    running: ActiveRequest,
-    form: AnswerForm,
-    first: AnswerPiece | PromptProgress,
-    others: AsyncIterator[AnswerPiece | PromptProgress],
-) -> AsyncIterator[bytes]:
-    def data_of(piece: AnswerPiece | PromptProgress) -> bytes:
+    def _data(self, piece: AnswerPiece | PromptProgress) -> bytes:
         if isinstance(piece, PromptProgress):
-            return form.progress(piece)
-        return form.piece(piece) if piece.has_content else b""
-
-    try:
-        yield form.begin(running.usage()) + data_of(first)
-        async for piece in others:
-            if data := data_of(piece):
-                yield data
-        yield form.end(running.usage())
-    except ApiError as error:
-        running.record.add_error(error)
-        yield form.error(error.body())
-    except Exception as error:  # too late for a status: send an event, and log the trace
-        running.record.error = error
-        yield form.error(internal_error(running.record).body())
+            return self._form.progress(piece)
+        return self._form.piece(piece) if piece.has_content else b""
 
 
 async def run_while_connected(request: Request, work: Coroutine[Any, Any, T], timeout: float) -> T:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from pumice.engine.constraint import json_rule, quoted
 from pumice.serve.answers import AnswerPiece
-from pumice.serve.errors import ApiError
+from pumice.serve.errors import invalid
 from pumice.serve.messages import (
     CalledFunction,
     FunctionDescription,
@@ -40,11 +40,10 @@ def check_tools(request: ChatRequest, field: str | None = None) -> None:
     for number, tool in enumerate(request.tools or ()):
         name = tool.function.name
         if name in names:
-            raise ApiError(
-                400,
+            raise invalid(
+                f"tools.{number}.function.name",
                 f"two tools are called {name!r}; give each a name of its own",
-                param=f"tools.{number}.function.name",
-                code="duplicate_tool",
+                "duplicate_tool",
             )
         names.add(name)
     calls: set[str | None] = set()
@@ -52,12 +51,11 @@ def check_tools(request: ChatRequest, field: str | None = None) -> None:
         if isinstance(message, PastAnswer):
             calls |= {call.id for call in message.tool_calls or ()}
         elif isinstance(message, ToolMessage) and message.tool_call_id not in calls:
-            raise ApiError(
-                400,
+            raise invalid(
+                field or f"messages.{number}.tool_call_id",
                 "messages with role 'tool' must be a response to a preceding message with 'tool_calls': "
                 f"there is no call {message.tool_call_id[:100]!r}",
-                param=field or f"messages.{number}.tool_call_id",
-                code="unknown_tool_call",
+                "unknown_tool_call",
             )
 
 
@@ -107,23 +105,15 @@ def tool_use(request: ChatRequest, around: tuple[str, str] | None) -> ToolUse:
     if choice is None or choice == "auto":
         return ToolUse(tuple(functions.values()), False, around)
     if not functions:
-        raise ApiError(
-            400,
-            "tool_choice needs tools; give some, or leave it out",
-            param="tool_choice",
-            code="missing_tools",
-        )
+        raise invalid("tool_choice", "tool_choice needs tools; give some, or leave it out", "missing_tools")
     if isinstance(choice, str):
         return ToolUse(tuple(functions.values()), True, around)
     named = [choice] if isinstance(choice, NamedFunction) else choice.allowed_tools.tools
     names = dict.fromkeys(tool.function.name for tool in named)
     if unknown := [name for name in names if name not in functions]:
         known = ", ".join(map(repr, functions))
-        raise ApiError(
-            400,
-            f"tool_choice names {unknown[0][:64]!r}, the tools are {known}",
-            param="tool_choice",
-            code="unknown_tool",
+        raise invalid(
+            "tool_choice", f"tool_choice names {unknown[0][:64]!r}, the tools are {known}", "unknown_tool"
         )
     required = isinstance(choice, NamedFunction) or choice.allowed_tools.mode == "required"
     return ToolUse(tuple(functions[name] for name in names), required, around)

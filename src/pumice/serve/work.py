@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from pumice.kernels.allocator import return_freed_memory
-from pumice.serve.errors import ApiError, is_stopping
+from pumice.serve.errors import ApiError, busy, is_stopping
 from pumice.stopping import Stopped, stoppable
 
 T = TypeVar("T")
@@ -104,12 +104,8 @@ class Account:
                 code="request_too_large",
             )
         if self.memory.taken + count > self.memory.limit:
-            raise ApiError(
-                429,
-                f"the requests being read take {self.memory.taken >> 20} MB already; ask again soon",
-                code="queue_full",
-                headers={"Retry-After": str(self.memory.retry_after())},
-            )
+            taken = f"the requests being read take {self.memory.taken >> 20} MB already"
+            raise busy(taken, self.memory.retry_after())
         self.taken += count
         self.memory.taken += count
 

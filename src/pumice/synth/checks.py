@@ -9,13 +9,14 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from pumice.errors import InputError
 from pumice.synth.context import Context
-from pumice.synth.kinds.base import Draft, Kind, Turn, Unparsed, says_no
+from pumice.synth.kinds.base import Draft, Kind, Unparsed, says_no
 from pumice.synth.objects import Vocabulary
 
 REASONS = (
@@ -200,18 +201,20 @@ CHECKS: tuple[tuple[str, Callable[[Draft, CheckSettings], str | None]], ...] = (
 
 def row(row_id: str, draft: Draft) -> dict[str, object]:
     """A draft as a LLaVA row; the picture stands before the first question."""
-    return {
-        "id": row_id,
-        "image": draft.context.image,
-        "conversations": conversations(draft.turns, draft.kind.suffix),
-    }
+    turns = [(turn.question, turn.answer) for turn in draft.turns]
+    said = conversations(turns, draft.kind.suffix)
+    return {"id": row_id, "image": draft.context.image, "conversations": said}
 
 
-def conversations(turns: tuple[Turn, ...], suffix: str = "") -> list[dict[str, str]]:
+def conversations(
+    turns: Iterable[tuple[str, Any]], suffix: str = "", *, has_picture: bool = True
+) -> list[dict[str, str]]:
+    """Return questions and answers as LLaVA writes them. suffix: of the first question."""
     messages = []
-    for number, turn in enumerate(turns):
-        question = turn.question if number else f"<image>\n{turn.question}{suffix}"
-        messages += [{"from": "human", "value": question}, {"from": "gpt", "value": turn.answer}]
+    for number, (question, answer) in enumerate(turns):
+        if not number:
+            question = "<image>\n" * has_picture + f"{question}{suffix}"
+        messages += [{"from": "human", "value": question}, {"from": "gpt", "value": str(answer)}]
     return messages
 
 

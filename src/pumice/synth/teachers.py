@@ -6,16 +6,14 @@ A teacher's `answer` writes replies to the journal. It returns why it ended earl
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Protocol
 
 from pumice.chat_client import ChatClient, Outcome
 from pumice.errors import InputError, WorkError
+from pumice.stopping import at_signal
 from pumice.synth.endpoint import Budget, Endpoint, examine_reply
 from pumice.synth.journal import Journal, TeacherRequest, failed, reply
 
@@ -60,7 +58,9 @@ async def _answer_all(
 ) -> tuple[str, str]:
     calls = TeacherCalls(endpoint, journal, progress)
     tasks: set[asyncio.Task[None]] = set()
-    with _interrupts(lambda: calls.end("interrupted")):
+    loop = asyncio.get_running_loop()
+    # At the first signal, the calls under way, which are paid for, come to their end.
+    with at_signal(lambda _: loop.call_soon_threadsafe(calls.end, "interrupted")):
         try:
             for request in requests:
                 tasks.add(asyncio.create_task(calls.answer(request)))
@@ -74,33 +74,6 @@ async def _answer_all(
         await asyncio.gather(*tasks)
         await calls.close()
     return calls.stopped
-
-
-@contextlib.contextmanager
-def _interrupts(end: Callable[[], None]) -> Iterator[None]:
-    """Call `end` at the first interrupt, so that the calls under way, which are paid for, come to their end.
-
-    The second one interrupts as ever.
-    """
-    loop = asyncio.get_running_loop()
-    before: dict[int, Any] = {}
-
-    def interrupted(*_: Any) -> None:
-        restore()
-        loop.call_soon_threadsafe(end)
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    if threading.current_thread() is threading.main_thread():  # the only one that may
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-                before[number] = signal.signal(number, interrupted)
-    try:
-        yield
-    finally:
-        restore()
 
 
 class TeacherCalls(ChatClient):

@@ -29,6 +29,7 @@ from pumice.formats.load import find_device
 from pumice.formats.pumice.folder import CONFIG
 from pumice.kernels.allocator import keep_freed_memory
 from pumice.processor import Sample
+from pumice.stopping import at_signal
 from pumice.train import checkpoint as checkpoints
 from pumice.train.answers import answer
 from pumice.train.batches import Batch, Batches, prefetch
@@ -44,7 +45,6 @@ from pumice.train.provenance import changed_code, code_digests, content_digests,
 from pumice.train.recipe import Recipe
 from pumice.train.report import PLOT, TrainingReport, draw_loss
 from pumice.train.setup import Setup, prepare
-from pumice.train.signals import stop_requested
 from pumice.train.speed import flops_per_prediction, flops_per_tile, flops_per_token
 from pumice.train.trackers import check_installed
 from pumice.video import PICTURE_FRAMES
@@ -224,7 +224,8 @@ class Trainer:
         last = self.batches.steps
         measure_every = self.recipe.measure_every or min(100, max(1, last // 10))
         report = self._open_report()
-        with report, stop_requested() as signals:
+        signals: list[int] = []  # a first one lets the current step finish
+        with report, at_signal(signals.append):
             # 1. Measure the untrained model, so that the report can compare before and after.
             if self.step == 0:
                 self._measure(report)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from pumice.config import LoraConfig
 from pumice.errors import InputError, WorkError
-from pumice.formats.load import Opened, find_device, new_model, open_model
+from pumice.formats.load import build, find_device
 from pumice.formats.pumice import folder
 from pumice.formats.read import read_model
 from pumice.model.adapters import add_lora
@@ -42,8 +42,10 @@ from pumice.model.llava import Llava
 from pumice.model.quantized_base import QuantizedLinear, quantize_base
 from pumice.model.vision import ViT
 from pumice.processor import Processor
+from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import LazyTensor, close_last_file
-from pumice.train.recipe import BLOCKS, NewConnector, NewModel, Recipe
+from pumice.train.recipe import BLOCKS, Recipe
+from pumice.train.shapes import draw_parts
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Setup:
 
     model: Llava
     processor: Processor  # with the stage's template and image policy
-    opened: Opened  # the model as it was read, with its own template
+    loaded: LoadedParts  # the model as it was read, with its own template
     recipe: Recipe
     device: torch.device
 
@@ -96,17 +98,17 @@ class Setup:
         """
         # A part that learned no longer equals its source, so the folder must not name that source for it.
         learn = {PARENT_PART.get(part, part.partition(".")[0]) for part in self.recipe.stage.learn}
-        parts = {part: source for part, source in self.opened.parts.items() if part not in learn}
-        history = [*self.opened.provenance.get("stages", []), summary]
+        parts = {part: source for part, source in self.loaded.parts.items() if part not in learn}
+        history = [*self.loaded.provenance.get("stages", []), summary]
         state = state or self.model.state_dict()
         folder.save(
             path,
             self.model.config,
             {**state, **self._untouched(state)},
             tokenizer=self.processor.tokenizer.backend.to_str(),
-            provenance={**self.opened.provenance, "stages": history},
+            provenance={**self.loaded.provenance, "stages": history},
             parts=parts,
-            sentencepiece=self.opened.sentencepiece,
+            sentencepiece=self.loaded.sentencepiece,
         )
         return path
 
@@ -119,7 +121,7 @@ class Setup:
         state_dtypes = {name: state[name].dtype for name, _ in self.model.named_parameters() if name in state}
         return {
             name: stored
-            for name, stored in self.opened.stored.items()
+            for name, stored in self.loaded.state.items()
             if self.part_of(name) not in learn and state_dtypes.get(name) != stored.dtype
         }
 
@@ -192,14 +194,7 @@ def prepare(recipe: Recipe, device_name: str | None = None, load_on: str | None 
     quantised = recipe.stage.base != "none"
     load_device = torch.device(load_on or ("cpu" if quantised else device))
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    if isinstance(new := recipe.model, NewModel):
-        opened = new_model(
-            new.tower, new.decoder, vision=new.vision, connector=new.connector, image=new.image,
-            template=new.template, device=load_device, dtype=dtype,
-        )  # fmt: skip
-    else:
-        source, connector = (new.base, new.connector) if isinstance(new, NewConnector) else (new, None)
-        opened = open_model(source, device=load_device, dtype=dtype, merge=False, connector=connector)
+    opened = build(*draw_parts(recipe), load_device, dtype, merge=False)
     model = opened.model
     # 2. Add adapters before quantising, because they wrap the layers that are quantised next.
     if recipe.stage.lora is not None:
@@ -230,4 +225,4 @@ def prepare(recipe: Recipe, device_name: str | None = None, load_on: str | None 
     staged = recipe.stage_config(model.config)
     model.config = dataclasses.replace(model.config, boxes=staged.boxes)
     processor = Processor(staged, opened.processor.tokenizer, truncate=recipe.truncate)
-    return Setup(model, processor, opened, recipe, device)
+    return Setup(model, processor, opened.loaded, recipe, device)

@@ -179,16 +179,17 @@ def _decoder(name: str, notes: list[str]) -> DecoderConfig:
 
 def read_parts(recipe: Recipe) -> LoadedParts:
     """Return the parts of the recipe's model. Weights are not read, and torch's generator does not change."""
+    with torch.random.fork_rng(devices=[]):  # the run draws the same weights again
+        return draw_parts(recipe)[0]
+
+
+def draw_parts(recipe: Recipe) -> tuple[LoadedParts, str]:
+    """Return the parts of the recipe's model, and what errors call it. Draws a new connector's weights."""
     if isinstance(new := recipe.model, Path):
-        return read_model(new)
-    # A new connector draws its weights. The run draws them again later, from the same generator state.
-    with torch.random.fork_rng(devices=[]):
-        if isinstance(new, NewConnector):
-            return with_connector(read_model(new.base), new.connector)
-        return new_parts(
-            new.tower, new.decoder, vision=new.vision, connector=new.connector, image=new.image,
-            template=new.template,
-        )  # fmt: skip
+        return read_model(new), str(new)
+    if isinstance(new, NewConnector):
+        return with_connector(read_model(new.base), new.connector), str(new.base)
+    return new_parts(**new.model_dump()), f"{new.tower} and {new.decoder}"
 
 
 def processor_of(recipe: Recipe) -> Processor:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from pumice.errors import install
+from pumice.evaluate.metrics.cider import Gram, grams
 from pumice.evaluate.metrics.ptb import tokenize
 
 SMALL, TINY = 1e-9, 1e-15  # pycocoevalcap's guards against division by zero
@@ -30,10 +31,10 @@ def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
         words, reference_words = tokenize(caption), [tokenize(text) for text in texts]
         caption_length += len(words)
         reference_length += min((abs(len(other) - len(words)), len(other)) for other in reference_words)[1]
-        max_counts: Counter[tuple[str, ...]] = Counter()
+        max_counts: Counter[Gram] = Counter()
         for other in reference_words:
-            max_counts |= _grams(other)
-        for gram, count in _grams(words).items():
+            max_counts |= grams(other)
+        for gram, count in grams(words).items():
             correct[len(gram) - 1] += min(count, max_counts[gram])
             total[len(gram) - 1] += count
     # 2. Multiply the precisions, and penalise captions that are shorter than the references.
@@ -44,10 +45,6 @@ def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
         product *= (correct[n] + TINY) / (total[n] + SMALL)
         scores.append(product ** (1 / (n + 1)) * brevity)
     return scores
-
-
-def _grams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
-    return Counter(tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
 
 
 def rouge_l(caption: str, references: Sequence[str]) -> float:

@@ -35,7 +35,7 @@ class Cider:
     """
 
     def __init__(self, references: Sequence[Sequence[str]]) -> None:
-        counts = [[_count(caption) for caption in captions] for captions in references]
+        counts = [[grams(tokenize(caption)) for caption in captions] for captions in references]
         for number, captions in enumerate(counts):
             if not captions:
                 raise InputError(f"picture {number} has no reference captions; give at least one")
@@ -52,7 +52,9 @@ class Cider:
             raise InputError(
                 f"{len(captions)} captions for {len(self._references)} pictures; give one for each"
             )
-        return [self._score(_count(c), refs) for c, refs in zip(captions, self._references, strict=True)]
+        return [
+            self._score(grams(tokenize(c)), refs) for c, refs in zip(captions, self._references, strict=True)
+        ]
 
     def _score(self, count: Counter[Gram], references: Sequence[_TfIdfVector]) -> float:
         candidate = self._vector(count)
@@ -67,8 +69,8 @@ class Cider:
         return _TfIdfVector(weights, norms, sum(times for gram, times in count.items() if len(gram) == 2))
 
 
-def _count(caption: str) -> Counter[Gram]:
-    words = tokenize(caption)
+def grams(words: Sequence[str]) -> Counter[Gram]:
+    """Return how often each n-gram stands in a text."""
     return Counter(tuple(words[i : i + n]) for n in range(1, N + 1) for i in range(len(words) - n + 1))
 
 

@@ -52,7 +52,7 @@ def open_pair(path: Path, mmproj: Path | None = None, template: str | None = Non
     state = {f"decoder.{name}": tensor for name, tensor in llm.state.items()}
     sources = {} if mmproj is None else {"mmproj": (str(mmproj), mmproj)}
     state |= {} if seeing is None else seeing.state
-    return LoadedParts(config, state, text.tokenizer, {}, notes=(*assumed, *notes), sources=sources)
+    return text.parts(config, state, (*assumed, *notes), sources=sources)
 
 
 def gguf_files(path: Path, mmproj: Path | None) -> tuple[GgufFile, GgufFile | None]:

@@ -93,14 +93,7 @@ def open_idefics3(folder: Path, template: str | None = None) -> LoadedParts:
     tensor_names.check_family(tensors, f"{nesting.text}layers.0.", decoder, str(folder))
     table = tensor_names.llava(config, nesting, tensor_names.IDEFICS3_CONNECTOR, "")
     state = tensor_names.convert(tensors, table, str(folder))
-    return LoadedParts(
-        config,
-        state,
-        text_side.tokenizer,
-        {},
-        notes=(*said, *notes),
-        sentencepiece=text_side.files.sentencepiece,
-    )
+    return text_side.parts(config, state, (*said, *notes))
 
 
 def _image(folder: Path, vision: VisionConfig) -> tuple[ImagePolicy, VideoPolicy | None, list[str]]:

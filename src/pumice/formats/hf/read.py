@@ -121,14 +121,7 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
     state = tensor_names.convert(tensors, table, str(folder))
     if not biases:
         state |= _zero_biases(state)
-    return LoadedParts(
-        config,
-        state,
-        text_side.tokenizer,
-        {},
-        notes=(*said, *notes),
-        sentencepiece=text_side.files.sentencepiece,
-    )
+    return text_side.parts(config, state, (*said, *notes))
 
 
 def read_generation(folder: Path) -> GenerationConfig:

@@ -124,7 +124,7 @@ def _write_idefics3(folder: Path, model: LoadedParts) -> list[str]:
     nesting, connector = tensor_names.IDEFICS3, tensor_names.IDEFICS3_CONNECTOR
     names = tensor_names.inverse(tensor_names.llava(config, nesting, connector, ""))
     write_weights(folder, {names[name]: tensor for name, tensor in model.state.items()})
-    text, dtype = _text_config(config, model.state)
+    text, dtype = stored_text_config(config, model.state)
     vision = vision_config(config.vision) | {"model_type": "idefics3_vision"}
     vision.pop("vision_use_head")
     parts: dict[str, Any] = {"text_config": text, "vision_config": vision, "torch_dtype": dtype}
@@ -335,7 +335,7 @@ def generation_config(config: ModelConfig) -> dict[str, Any]:
 def _write_config(folder: Path, config: ModelConfig, state: LazyStateDict, tokenizer: Tokenizer) -> None:
     # 1. The language model, with the tokens that begin a text and end an answer.
     kind = _kind(config)
-    text, dtype = _text_config(config, state)
+    text, dtype = stored_text_config(config, state)
     # 2. The LLaVA around it: token for pictures, connector, and which of the tower's features are used.
     values: dict[str, Any] = {
         "architectures": [f"{_CLASSES[kind]}ForConditionalGeneration"],
@@ -364,7 +364,7 @@ def _write_config(folder: Path, config: ModelConfig, state: LazyStateDict, token
     write_json(folder / "generation_config.json", generation_config(config))
 
 
-def _text_config(config: ModelConfig, state: LazyStateDict) -> tuple[dict[str, Any], str]:
+def stored_text_config(config: ModelConfig, state: LazyStateDict) -> tuple[dict[str, Any], str]:
     """Return text_config with the tokens that begin a text and end an answer, and the type of the tensors."""
     text = text_config(config.decoder)
     if config.bos_token_id is not None:

@@ -90,15 +90,7 @@ def open_original(
     state |= tensor_names.convert(tensors, table, str(folder))
     if tensor_names.ORIGINAL.newline in tensors and not config.has_newline:
         said.append("image_newline is stored, but image_aspect_ratio and mm_patch_merge_type do not use it")
-    loaded = LoadedParts(
-        config,
-        state,
-        text_side.tokenizer,
-        {},
-        notes=(*said, *notes),
-        sources=sources,
-        sentencepiece=text_side.files.sentencepiece,
-    )
+    loaded = text_side.parts(config, state, (*said, *notes), sources=sources)
     return adapt(loaded, folder) if adapter else loaded
 
 

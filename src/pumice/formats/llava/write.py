@@ -21,7 +21,7 @@ from pumice.formats.hf.write import (
     generation_config,
     image_processor,
     square_notes,
-    text_config,
+    stored_text_config,
     vision_config,
 )
 from pumice.formats.llava.read import IMAGE_WRAP
@@ -113,17 +113,12 @@ def write(folder: Path, model: LoadedParts, tower: str | None = None) -> list[st
 
 
 def _config(config: ModelConfig, state: LazyStateDict, tower: str) -> dict[str, Any]:
-    text = text_config(config.decoder)
+    text, _ = stored_text_config(config, state)
     name = FAMILIES[text["model_type"]].original
     assert name is not None  # `refusal` names the families that have none
-    if config.bos_token_id is not None:
-        text["bos_token_id"] = config.bos_token_id
-    if config.stop_token_ids:
-        text["eos_token_id"] = config.stop_token_ids[0]
     values = text | {
         "architectures": [f"Llava{name}ForCausalLM"],
         "model_type": f"llava_{name.lower()}",
-        "torch_dtype": str(state["decoder.embed.weight"].dtype).removeprefix("torch."),
         "use_mm_proj": True,
         "mm_hidden_size": config.vision.width,
         "mm_projector_type": config.connector.kind,

@@ -16,6 +16,8 @@ from pumice.formats.text.files import TokenizerFiles
 from pumice.formats.text.isolated import describe, image_wrap
 from pumice.formats.text.tokenizer import read_tokenizer
 from pumice.storage.json_file import Keys
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import LazyStateDict
 from pumice.templates import OWN, TEMPLATES, Template, get_template
 from pumice.tokens import Tokenizer
 
@@ -48,13 +50,10 @@ class TextSide:
         describes; without that, `fallback`. label: names the model in errors. parts: the other fields of
         ModelConfig. Raises InputError if no format is known, or the tokenizer lacks the format's tokens.
         """
-        name, chat, writes_bos, note = self._format(template, label, usual, fallback)
+        name, chat, writes_bos, note = self.chat_format(template, label, usual, fallback)
         # Embeddings often have more rows than the tokenizer has tokens, but never fewer.
         tokens = Tokenizer(self.tokenizer)
         tokens.check_rows(parts["decoder"].vocab_size, f"{label}: ")
-        bos = self.files.bos_id
-        if bos is None and writes_bos and self.files.bos is not None:
-            bos = self.tokenizer.token_to_id(self.files.bos)
         # An answer ends with the tokens that the model's files name, and with those that its chat format
         # writes.
         try:
@@ -66,9 +65,18 @@ class TextSide:
             template=name,
             chat=chat,
             stop_token_ids=tuple(dict.fromkeys((*self._stop_ids(), *stops))),
-            bos_token_id=bos,
+            bos_token_id=self.bos_id(writes_bos),
         )
         return config, (*([note] if note else []), *self._unknown_tokens(chat))
+
+    def parts(
+        self, config: ModelConfig, state: LazyStateDict, notes: tuple[str, ...] = (), **more: Any
+    ) -> LoadedParts:
+        """Return a model with this text side. more: the other fields of LoadedParts."""
+        files = self.files
+        return LoadedParts(
+            config, state, files.backend, {}, notes=notes, sentencepiece=files.sentencepiece, **more
+        )
 
     def _unknown_tokens(self, chat: ChatFormat | None) -> list[str]:
         """Return notes on the tokens that the folder's files name and the tokenizer lacks."""
@@ -93,8 +101,14 @@ class TextSide:
         special = list(Tokenizer(self.tokenizer).special)
         return image_wrap(files.chat_template, bos=files.bos, eos=files.eos, specials=special)
 
-    def _format(
-        self, template: str | None, label: str, usual: str | None, fallback: str | None
+    def bos_id(self, writes_bos: bool) -> int | None:
+        """Return the token that begins a conversation. writes_bos: whether the chat template writes it."""
+        if self.files.bos_id is None and writes_bos and self.files.bos is not None:
+            return self.tokenizer.token_to_id(self.files.bos)
+        return self.files.bos_id
+
+    def chat_format(
+        self, template: str | None, label: str, usual: str | None = None, fallback: str | None = None
     ) -> tuple[str, ChatFormat | None, bool, str]:
         """Return (template, chat, whether the chat template writes the begin of text, a note)."""
         # The user's choice comes first. OWN asks for the model's chat template, even if another is usual.

@@ -22,6 +22,7 @@ from pumice import __version__
 from pumice.errors import InputError, official
 from pumice.files import replacing, sha256
 from pumice.storage.yaml_file import read_yaml
+from pumice.synth.checks import conversations
 from pumice.synth.mix.readers import READERS, Reader, ReaderInput, Unit
 
 
@@ -150,23 +151,15 @@ def _rows(
     for (first, image), group in groupby(units, key=itemgetter(0, 1)):
         turns = [turn for _, _, text in group for turn in json.loads(text)]
         row_id = f"{name}/{PurePosixPath(image).stem}-{first}" if reader.merge else f"{name}/{first}"
-        yield _row(image, turns, row_id, reader.suffix)
+        picture = {} if image is None else {"image": image}
+        said = conversations(turns, reader.suffix, has_picture=image is not None)
+        yield {"id": row_id, **picture, "conversations": said}
     store.execute("DELETE FROM units")
 
 
 def _units(reader: Reader, given: ReaderInput, name: str) -> Iterator[Unit]:
     with official(lambda: f"{name}, entry {given.items}"):
         yield from reader.read(given)
-
-
-def _row(image: str | None, turns: list[Any], row_id: str, suffix: str) -> dict[str, Any]:
-    messages = []
-    for number, (question, answer) in enumerate(turns):
-        if number == 0:
-            question = f"{question}{suffix}"
-            question = f"<image>\n{question}" if image is not None else question
-        messages += [{"from": "human", "value": question}, {"from": "gpt", "value": str(answer)}]
-    return {"id": row_id, **({"image": image} if image is not None else {}), "conversations": messages}
 
 
 def _sample(available: int, source: MixSource, random: np.random.Generator, name: str) -> np.ndarray:

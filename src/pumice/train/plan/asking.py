@@ -30,7 +30,7 @@ from pumice.engine.sampling import SamplingParams
 from pumice.formats.load import find_device, usual_dtype
 from pumice.formats.quantize import can_quantize
 from pumice.formats.read import read_model
-from pumice.formats.sizes import PROCESS_BYTES, cache_dtype, weight_sizes
+from pumice.formats.sizes import PROCESS_BYTES, cache_dtype, free_memory, weight_sizes
 from pumice.kernels.compute import kernel_name
 from pumice.kernels.packed import PackedMatrix, packed_size
 from pumice.model.cache import BLOCK, KVCache
@@ -39,7 +39,6 @@ from pumice.model.quantized import KINDS, kind_of, swap
 from pumice.model.quantized_vision import quantize_vision
 from pumice.model.vision import WideningLinear
 from pumice.processor import Processor
-from pumice.storage.memory import available_memory
 from pumice.storage.parts import LoadedParts
 from pumice.tokens import Tokenizer
 
@@ -94,10 +93,7 @@ def plan_ask(source: str, device: str | None = None) -> AskPlan:
     notes = busy_notes()
     loaded = read_model(source)
     place = find_device(device)
-    if place.type == "cuda":
-        free: float | None = float(torch.cuda.mem_get_info(place)[0])
-    else:
-        free = available_memory()
+    free = free_memory(place)
     with torch.inference_mode():
         # 1. The prompt of a question about a usual picture, and how long tower and connector take for it: as
         #    they are, and as they are beside a quantised language model.

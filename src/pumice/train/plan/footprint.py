@@ -228,8 +228,7 @@ def fake_model(recipe: Recipe, config: ModelConfig, device: str) -> Llava:
 def loss_of(model: Llava, recipe: Recipe, config: ModelConfig, pack: PackShape) -> Tensor:
     """Run one pack forward, as the objective does, and return its loss."""
     tokens = pack.tokens
-    ids = torch.zeros(1, tokens, dtype=torch.int64)
-    is_image = torch.zeros(1, tokens, 1, dtype=torch.bool)
+    ids = torch.zeros(1, tokens, dtype=torch.int64)  # kept to the end, as in a run
     learns = recipe.stage.learns("tower")
     bf16 = recipe.precision == "bf16"
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
@@ -241,9 +240,7 @@ def loss_of(model: Llava, recipe: Recipe, config: ModelConfig, pack: PackShape) 
             weight = next(model.connector.parameters(), None)
             connected = model.connector(features if weight is None else features.to(weight.dtype))
             image_tokens = connected.flatten(0, 1)[: pack.image_tokens]
-        x = model.decoder.embed(ids)
-        if image_tokens is not None:
-            x = x.masked_scatter(is_image, image_tokens.to(x.dtype))
+        x = model.place(ids, image_tokens)
         attend = PackedAttention(pack.runs, config.decoder, x.device)
         rows = torch.zeros(pack.supervised, dtype=torch.int64)
         hidden = model.decoder(x, torch.zeros(1, tokens, dtype=torch.int64), attend, rows=rows)
