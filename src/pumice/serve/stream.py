@@ -18,6 +18,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from pumice.engine.text import TextStream
+from pumice.errors import InputError
 from pumice.serve.answers import AnswerForm, AnswerPiece
 from pumice.serve.errors import ApiError, is_stopping, timed_out
 from pumice.serve.metrics import Metrics
@@ -264,6 +265,10 @@ async def _events(
     except ApiError as error:
         running.record.add_error(error)
         yield form.error(error.body())
+    except InputError as error:  # of the request's own settings, such as a schema that nothing can satisfy
+        refused = ApiError(400, str(error))
+        running.record.add_error(refused)
+        yield form.error(refused.body())
     except Exception as error:  # too late for a status: send an event, and log the trace
         running.record.error = error
         yield form.error(internal_error(running.record).body())
