@@ -155,8 +155,22 @@ def test_left_out_keys_take_their_defaults() -> None:
         (
             ("image", "std"),
             [0.0, 1.0, 1.0],
-            "config.json: image: pixels cannot be divided by a std of (0.0, 1.0, 1.0); "
-            "each must be more than 0",
+            "config.json: image: pixels cannot be divided by a std of (0.0, 1.0, 1.0); use 1e-06 to 1e+06",
+        ),
+        (
+            ("image", "std"),
+            [1.0, 1.0, 1e300],
+            "config.json: image: pixels cannot be divided by a std of (1.0, 1.0, 1e+300); use 1e-06 to 1e+06",
+        ),
+        (
+            ("image", "mean"),
+            [0.5, 0.5, 1e30],
+            "config.json: image: a mean of (0.5, 0.5, 1e+30) cannot be that of pixels from 0 to 1",
+        ),
+        (
+            ("image", "pad_color"),
+            [0, 256, 0],
+            "config.json: image: pad_color is (0, 256, 0); each part must be from 0 to 255",
         ),
         (("lora", "rank"), 0, "config.json: lora: rank must be 1 or more, not 0"),
         (

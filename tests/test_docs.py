@@ -373,3 +373,18 @@ def test_a_client_without_a_script_is_an_error() -> None:
     command = [sys.executable, ROOT / "examples" / "clients" / "run.py", "with_openai"]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (process.returncode, "no with_openai beside" in process.stdout) == (2, True)
+
+
+def test_every_promise_of_the_security_page_names_its_test() -> None:
+    """The last cell of a row has a path, a file in tests/serve, or `make attack`, or says "calculated"."""
+    lines = (ROOT / "docs" / "security.md").read_text(encoding="utf-8").splitlines()
+    heads = ("promise", "what a client sends", "for", "---")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    rows = [row for row in rows if row[0] not in heads]
+    assert len(rows) > 30
+    for promise, *_, shown in rows:
+        named = re.findall(r"`(tests/[\w/.]+|test_\w+\.py|make attack)`", shown)
+        assert named or "calculated" in shown, promise
+        for name in named:
+            path = ROOT / (name if name.startswith("tests/") else f"tests/serve/{name}")
+            assert name == "make attack" or path.exists(), (promise, name)

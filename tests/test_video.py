@@ -8,6 +8,7 @@ import logging
 import signal
 import struct
 import subprocess
+import sys
 import threading
 from dataclasses import replace
 from datetime import timedelta
@@ -207,6 +208,24 @@ def test_work_that_is_stopped_ends_its_process(tmp_path: Path, monkeypatch: pyte
     assert [process.returncode for process in processes] == [-signal.SIGKILL]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not bound both")
+@pytest.mark.parametrize(("name", "value"), [("CPU_SECONDS", 1), ("MEMORY", 1 << 20)])
+def test_time_and_memory_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: int
+) -> None:
+    """An animation of 4,000 frames of 9 megapixels, which are a few bytes each in the file."""
+    pictures = [Image.new("P", (3000, 3000), number) for number in range(2)]
+    output = io.BytesIO()
+    pictures[0].save(output, "GIF", save_all=True, append_images=pictures[1:], duration=100)
+    data = output.getvalue()
+    last = data.rindex(b"\x21\xf9\x04")
+    path = tmp_path / "a.gif"
+    path.write_bytes(data[:last] + 4000 * data[last:-1] + data[-1:])
+    monkeypatch.setattr(video, name, value)
+    with pytest.raises(InputError, match=r"a\.gif cannot be decoded within \d+ s and \d GB; give a shorter"):
+        read_frames(Video(path), VideoPolicy())
+
+
 def test_frames_of_too_many_bytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = animation(tmp_path / "a.gif")
     monkeypatch.setattr(video, "MAX_BYTES", 100)
@@ -267,3 +286,25 @@ def test_a_film_is_shown_upright(tmp_path: Path) -> None:
         np.asarray(shown.getpixel((24, 8))).argmax() == 2
         and np.asarray(shown.getpixel((24, 56))).argmax() == 0
     )
+
+
+def test_only_the_known_containers_are_opened(tmp_path: Path) -> None:
+    """Libav would find the film of another container behind the beginning of a known one."""
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    films = {}
+    for container in ("avi", "flv", "matroska", "mov", "mp4", "mpeg", "mpegts", "webm"):
+        codec = {"flv": "flv1", "mpeg": "mpeg1video", "webm": "libvpx"}.get(container, "mpeg4")
+        with io.BytesIO() as data:
+            with av.open(data, "w", format=container) as film:
+                stream = film.add_stream(codec, rate=25)
+                stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+                for _ in range(30):
+                    film.mux(stream.encode(av.VideoFrame.from_image(Image.new("RGB", (64, 48)))))
+                film.mux(stream.encode())
+            films[container] = data.getvalue()
+    hidden = b"OggS" + 3 * films.pop("mpegts")
+    for film in films.values():
+        assert is_video(film) and len(read_frames(Video(film, 3), VideoPolicy()).images) == 3
+    assert is_video(hidden)
+    with pytest.raises(InputError, match="no frame that can be read"):
+        read_frames(Video(hidden, 3), VideoPolicy())

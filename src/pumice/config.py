@@ -23,6 +23,7 @@ IMAGE_MODES = ("pad", "crop", "squash", "anyres", "split", "grid")
 TILED = ("anyres", "split", "grid")  # the modes that may cut an image into tiles
 SEVERAL = ("tiles", "square")
 RESAMPLINGS = ("bicubic", "bilinear", "lanczos")
+STDS = (1e-6, 1e6)  # the range of a std of pixels: one near 0 makes them infinite
 PENALTIES = (0.01, 1e6)  # the range of a repetition_penalty: one near 0 makes logits infinite
 DECODER_ACTIVATIONS = ("silu", "gelu_tanh")
 # How a connector reduces the features of a tile -> their number after it, from the features on a side and the
@@ -240,8 +241,14 @@ class ImagePolicy:
         for name, allowed in (("mode", IMAGE_MODES), ("resample", RESAMPLINGS)):
             if (value := getattr(self, name)) not in allowed:
                 raise InputError(f"unknown {name} {value!r}; use one of {', '.join(allowed)}")
-        if not all(part > 0 for part in self.std):
-            raise InputError(f"pixels cannot be divided by a std of {self.std}; each must be more than 0")
+        if not all(0 <= part <= 1 for part in self.mean):  # which also refuses nan
+            raise InputError(f"a mean of {shorten(self.mean)} cannot be that of pixels from 0 to 1")
+        low, high = STDS
+        if not all(low <= part <= high for part in self.std):
+            std = shorten(self.std)
+            raise InputError(f"pixels cannot be divided by a std of {std}; use {low:g} to {high:g}")
+        if not all(0 <= part <= 255 for part in self.pad_color):
+            raise InputError(f"pad_color is {shorten(self.pad_color)}; each part must be from 0 to 255")
         if self.max_tiles is not None:
             _at_least(1, max_tiles=self.max_tiles)
         if self.mode in ("split", "grid"):

@@ -1,6 +1,6 @@
 """Take frames of a video, by Pillow of an animation, else by PyAV, in a process with bounds.
 
-    python -m pumice.video '{"path": ..., "fps": ..., "max_frames": ...}'
+    python -m pumice.video '{"path": ..., "fps": ..., "max_frames": ..., "cpu_seconds": ..., "memory": ...}'
 
 writes one line of JSON and then the frames as PNG files.
 """
@@ -36,6 +36,8 @@ _PAUSE = 0.1  # seconds between two looks whether anybody still waits for the fr
 PICTURE_FRAMES = 8  # of a video, shown as pictures to a model that was not trained on videos
 _FRAME_SECONDS = 0.1  # of an animation that does not say how long it shows a frame
 _CONTAINERS = {0: (b"\x1aE\xdf\xa3", b"FLV\x01", b"\x00\x00\x01\xba", b"OggS"), 4: (b"ftyp", b"moov")}
+# Libav's readers of the containers below. Others, of playlists for one, open further files or addresses.
+_LIBAV = {"format_whitelist": "avi,flv,matroska,mov,mpeg,ogg", "protocol_whitelist": "file"}
 _INTRO = "You are provided the following series of {} frames from a {} [H:MM:SS] video.\n"
 _ONES = [
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
@@ -143,8 +145,9 @@ def in_words(number: int) -> str:
 def _run(request: dict[str, Any], name: str) -> bytes:
     """Return what the process writes, whose time and memory are bounded: decoders read strangers' files."""
     end = time.monotonic() + WALL_SECONDS
+    bounds = {"cpu_seconds": CPU_SECONDS, "memory": MEMORY}
     process = subprocess.Popen(
-        [sys.executable, "-m", __name__, json.dumps(request)],
+        [sys.executable, "-m", __name__, json.dumps(request | bounds)],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
@@ -198,6 +201,8 @@ def _take_animation(path: str, fps: float, count: int) -> tuple[Frames, str]:
                     image.load()
                     starts.append(end)
                     end += image.info.get("duration", 0) / 1000 or _FRAME_SECONDS
+            except MemoryError:  # it ends the process, as its other bounds do
+                raise
             except Exception as error:  # EOFError is the end; decoders raise anything else on damaged data
                 rest = _torn(path, image.format) if isinstance(error, EOFError) else str(error)
         if not starts:
@@ -207,7 +212,7 @@ def _take_animation(path: str, fps: float, count: int) -> tuple[Frames, str]:
             for number in (numbers := sample(len(starts), len(starts) / end, fps, count)):
                 image.seek(number)
                 files.add(open_image(image.convert("RGBA")))
-    except _Refused:
+    except (_Refused, MemoryError):
         raise
     except Exception as error:
         raise ValueError(f"has no frame that can be read ({error}); give GIF, WebP, MP4 or WebM") from error
@@ -230,13 +235,15 @@ def _take_film(path: str, fps: float, count: int) -> tuple[Frames, str]:
     times: list[float] = []
     files = _Files()
     try:
-        with av.open(path) as container:
+        with av.open(path, container_options=_LIBAV) as container:
             stream = container.streams.video[0]
             rate = float(stream.average_rate or stream.guessed_rate or 24)
             # Headers err, so frames are counted by decoding.
             try:
                 for number, frame in enumerate(container.decode(stream)):
                     times.append(frame.time if frame.time is not None else number / rate)
+            except MemoryError:
+                raise
             except av.FFmpegError as error:
                 note = _damaged(len(times), str(error))
             # A file that was cut off may end without an error.
@@ -248,7 +255,7 @@ def _take_film(path: str, fps: float, count: int) -> tuple[Frames, str]:
         if not times:
             raise ValueError("it holds no frame")
         numbers = sample(len(times), rate, fps, count)
-        with av.open(path) as container:
+        with av.open(path, container_options=_LIBAV) as container:
             for number, frame in enumerate(container.decode(video=0)):
                 if number in numbers:
                     _check_size(frame.width, frame.height)
@@ -258,7 +265,7 @@ def _take_film(path: str, fps: float, count: int) -> tuple[Frames, str]:
                     files.add(image.rotate(turn, expand=True) if turn else image)
                 if number >= numbers[-1]:
                     break
-    except _Refused:
+    except (_Refused, MemoryError):
         raise
     except (av.FFmpegError, IndexError, ValueError) as error:
         raise ValueError(f"has no frame that can be read ({error}); give another") from error
@@ -292,6 +299,6 @@ def _damaged(frames: int, reason: str) -> str:
 
 
 if __name__ == "__main__":
-    limit_process(CPU_SECONDS, MEMORY)
     request = json.loads(sys.argv[1])
+    limit_process(request["cpu_seconds"], request["memory"])
     _decode(request["path"], request["fps"], request["max_frames"], sys.stdout.buffer)

@@ -18,9 +18,25 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from material import command, make_model, make_pictures, make_recipe, make_rows, make_tables
+from material import (
+    FEATURES,
+    LEARNED,
+    command,
+    make_adapter,
+    make_cache,
+    make_model,
+    make_pictures,
+    make_predictions,
+    make_recipe,
+    make_rows,
+    make_run,
+    make_tables,
+    make_videos,
+    point,
+)
 
-SECONDS = 60.0  # for one file, on a busy machine
+CHAT_TEMPLATES = Path(__file__).parents[1] / "chat_templates"
+SECONDS = 150.0  # for one file, on a busy machine
 MEMORY = 6 << 30  # bytes of address space, most of it PyTorch's own
 
 Read = tuple[str, str]  # how a file is read, and the file or folder to read
@@ -77,8 +93,74 @@ def _archive(path: Path) -> None:
     read_member(path, "rows.jsonl")
 
 
+def _table(path: Path) -> None:
+    from pumice.evaluate.archives import read_table
+
+    for _ in read_table(path):
+        pass
+
+
+def _predictions(path: Path) -> None:
+    from pumice.evaluate.predictions import read_predictions
+
+    read_predictions(path)
+
+
+def _video(path: Path) -> None:
+    from pumice.conversation import Video
+    from pumice.media import VideoPolicy
+    from pumice.video import read_frames
+
+    read_frames(Video(path, 3), VideoPolicy())
+
+
+def _template(path: Path) -> None:
+    from pumice.formats.text.isolated import describe
+    from pumice.storage.json_file import read_text
+
+    tokens = ("<|im_start|>", "<|im_end|>")
+    describe(read_text(path), bos=None, eos=tokens[1], specials=tokens, label=path.name)
+
+
+def _run(path: Path) -> None:
+    """Go on from the newest checkpoint, and read the metrics."""
+    import torch
+
+    from pumice.train import checkpoint as checkpoints
+    from pumice.train.report import draw_loss
+
+    expected = point(2)
+    parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in LEARNED.items()}
+    optimizer = torch.optim.AdamW(parameters.values())
+    found = checkpoints.latest(path / "checkpoints", expected.recipe, parameters, torch.device("cpu"))
+    assert found is not None, "the newest checkpoint is not seen"
+    checkpoints.restore_optimizer(optimizer, parameters, found)
+    same = [torch.equal(found.weights[name], expected.weights[name]) for name in LEARNED]
+    assert all(same), "other weights than were written"
+    draw_loss(path)
+
+
+def _cache(path: Path) -> None:
+    """Read all features: each is what was written, or is computed again."""
+    import torch
+
+    from pumice.train.features import FeatureCache
+
+    cache = FeatureCache(path, "tower", 3, 2)
+    try:
+        for key, features in FEATURES.items():
+            found = cache.read(key)
+            assert found is None or torch.equal(found, features.bfloat16()), (
+                "other features than were written"
+            )
+    finally:
+        cache.close()
+
+
 READERS: dict[str, Callable[[Path], None]] = {
     "model": _model, "picture": _picture, "rows": _rows, "recipe": _recipe, "archive": _archive,
+    "table": _table, "predictions": _predictions, "video": _video, "template": _template, "run": _run,
+    "cache": _cache,
 }  # fmt: skip
 
 
@@ -145,6 +227,16 @@ NUMBERS = (
 )
 
 
+# What hostile texts are made of: JSON, YAML, Jinja.
+PIECES = (
+    "[" * 100_000, '{"a":' * 5000, "\\ud800", "\0", "\n", ": ", "- ", "&a [*a, *a]", "<<: *a", "!!int x",
+    "!!python/name:os.system", "2025-02-30", "{% for i in range(10**9) %}{{ i }}{% endfor %}",
+    "{{ 'x' * 8000000000 }}", "{{ ''.__class__.__mro__ }}", "{{ messages[9].a.b }}", "{% if", "{{", "}}",
+    "{% set x = namespace(t='xx') %}{% for i in range(40) %}{% set x.t = x.t ~ x.t %}{% endfor %}",
+    "{{ raise_exception('x' * 9999) }}", "{{ (((((1))))) / 0 }}",
+)  # fmt: skip
+
+
 def damage(draw: random.Random, data: bytes) -> bytes:
     """Return the bytes of a file with random damage."""
     if not data:
@@ -162,6 +254,8 @@ def damage(draw: random.Random, data: bytes) -> bytes:
             chosen = draw.choice(values)
             return (text[: chosen.start()] + draw.choice(NUMBERS) + text[chosen.end() :]).encode()
         start = draw.randrange(len(text))
+        if draw.random() < 0.5:
+            return (text[:start] + draw.choice(PIECES) + text[start:]).encode()
         part = text[start : start + draw.randrange(200)]
         return (text[:start] + part * draw.choice((0, 2, 1000)) + text[start + len(part) :]).encode()
     # 2. Bytes: mostly of the beginning, where lengths and types are.
@@ -187,28 +281,31 @@ def damage(draw: random.Random, data: bytes) -> bytes:
 
 
 def attack(folder: Path) -> Iterator[Callable[[random.Random], str]]:
-    """In turn: each file of each model folder, pictures, rows, a recipe, an archive."""
+    """In turn: each file of models, adapters, runs and caches, pictures, videos, rows, tables and texts."""
     # 1. Make them.
     model, rows = make_model(folder / "model"), make_rows(folder / "rows")
     for form in ("hf", "llava", "gguf"):
         subprocess.run(command("export", model, folder / form, "--to", form), check=True, capture_output=True)
     tables = make_tables(folder / "tables", rows)
-    recipe = make_recipe(folder / "recipe.yaml", model, rows, folder / "out")
+    folders = [("model", folder / form) for form in ("model", "hf", "llava", "gguf")]
+    folders.append(("model", make_adapter(folder / "adapter", folder / "hf")))
+    folders += [("run", make_run(folder / "run")), ("cache", make_cache(folder / "cache"))]
     files: list[tuple[str, Path, Path]] = [  # how it is read, the file to damage, what is read
-        ("model", file, whole)
-        for whole in (model, *(folder / form for form in ("hf", "llava", "gguf")))
-        for file in sorted(whole.rglob("*"))
-        if file.is_file()
+        (how, file, whole) for how, whole in folders for file in sorted(whole.rglob("*")) if file.is_file()
     ]
-    files += [("picture", file, file) for file in make_pictures(folder / "pictures")]
-    files += [("rows", file, file) for file in tables]
-    files += [
-        ("recipe", recipe, recipe),
-        ("archive", folder / "tables" / "a.zip", folder / "tables" / "a.zip"),
-    ]
+    alone = [("picture", file) for file in make_pictures(folder / "pictures")]
+    alone += [("video", file) for file in make_videos(folder / "videos")]
+    alone += [("rows", file) for file in tables]
+    alone += [("table", file) for file in tables if file.suffix == ".parquet"]
+    alone += [("template", file) for file in sorted(CHAT_TEMPLATES.iterdir())]
+    alone.append(("recipe", make_recipe(folder / "recipe.yaml", model, rows, folder / "out")))
+    alone.append(("predictions", make_predictions(folder / "answers.jsonl")))
+    alone.append(("archive", folder / "tables" / "a.zip"))
+    files += [(how, file, file) for how, file in alone]
     # 2. Damage one after the other.
     reader = Reader()
     try:
+        random.Random("files").shuffle(files)  # so that a short attack meets all kinds
         for how, file, whole in itertools.cycle(files):
             yield functools.partial(_damage, reader, folder / "damaged", how, file, whole)
     finally:
@@ -220,9 +317,6 @@ def _damage(reader: Reader, place: Path, how: str, file: Path, whole: Path, draw
     if whole.is_dir():
         shutil.copytree(whole, place / "whole", symlinks=True)
         target = place / "whole" / file.relative_to(whole)
-        if draw.random() < 0.5:  # as for a folder whose manifest was written after the damage
-            (place / "whole" / "manifest.json").unlink(missing_ok=True)
-            target.parent.mkdir(exist_ok=True, parents=True)
     else:
         place.mkdir()
         target = place / file.name

@@ -22,18 +22,21 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import control_tokens
 import damaged_files
 import engine_schedules
 import kills
 import server_requests
 
 SCHEDULES = 10_000
+SHARES = {"schedules": 5}  # of the time; 1 for all others
 # An attack gets a folder, and yields functions that do one try each and return what is wrong, or "".
 Attack = Callable[[Path], Generator[Callable[[random.Random], str], None, None]]
 ATTACKS: dict[str, Attack] = {
     "schedules": engine_schedules.attack,
     "requests": server_requests.attack,
     "loads": server_requests.loads,
+    "tokens": control_tokens.attack,
     "files": damaged_files.attack,
     "kills": kills.kill,
     "disks": kills.fill_disk,
@@ -71,8 +74,10 @@ def main() -> int:
     problems: list[str] = []
     print(f"seed {options.seed}, {options.minutes:g} minutes\n")
     print("| attack | tried | right | wrong |\n|---|---|---|---|", flush=True)
-    for name in names:
-        tries, wrong = run(name, options.seed, options.first, options.minutes * 60 / len(names))
+    shares = {name: SHARES.get(name, 1) for name in names}
+    for name, share in shares.items():
+        seconds = options.minutes * 60 * share / sum(shares.values())
+        tries, wrong = run(name, options.seed, options.first, seconds)
         print(f"| {name} | {tries} | {tries - len(wrong)} | {len(wrong)} |", flush=True)
         problems += wrong
     for problem in problems[:50]:

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from material import command, make_model, make_pictures
+from material import command, make_model, make_pictures, make_videos
 
 SECONDS = 2.0  # for a short request while others take long
-MEMORY = 2500  # MiB that the tiny model's server may take: docs/security.md has the sum
+MEMORY, PEAK = 2500, 5000  # MiB that the tiny model's server may take: docs/security.md has the sum
 STATUSES = {200, 400, 404, 405, 408, 413, 415, 421, 429, 431, 504}
-PATHS = (
-    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/api/chat", "/api/generate",
-    "/api/show", "/explain",
+READ = (  # what is asked for without a body
+    "/v1/models", "/v1/models/{}", "/api/tags", "/api/version", "/metrics", "/openapi.json", "/health", "/{}",
+    "/page/{}", "/v1/{}", "/?a={}",
 )  # fmt: skip
 # What a field may become.
 VALUES: tuple[Any, ...] = (
@@ -36,6 +36,13 @@ VALUES: tuple[Any, ...] = (
     [1] * 300,     "data:image/png;base64,", "data:,", "http://127.0.0.1/", "file:///etc/passwd",
     "data:image/png;base64,AAAA",
     {"type": "text", "text": "a"}, {"role": "user", "content": "a"}, {"type": "json_object"},
+)  # fmt: skip
+# What goes into the bytes of a request.
+BYTES = (
+    b"\r\n", b"\0", b"\xff", b" ", b":", b"9" * 30, b"a" * 70_000, b"PRI * HTTP/2.0\r\n\r\n",
+    b"Transfer-Encoding: chunked\r\n", b"Upgrade: websocket\r\nConnection: Upgrade\r\n",
+    b"Expect: 100-continue\r\n", b"Content-Encoding: gzip\r\n", b"Content-Length: -1\r\n",
+    b"Host: a\r\nHost: b\r\n", b"X-Request-Id: \t{}<b>\r\n",
 )  # fmt: skip
 TRACE = re.compile(r"Traceback|site-packages|/src/pumice|\.py\b|Error\(")
 
@@ -62,12 +69,11 @@ class Server:
             with contextlib.suppress(ValueError):
                 self.url = self.url or json.loads(line).get("url", "")
 
-    @property
-    def memory(self) -> int:
-        """The memory of the process in MiB; 0 where the system does not say."""
+    def memory(self, kind: str = "VmRSS") -> int:
+        """Return the memory of the process in MiB, or its peak, "VmHWM"; 0 where the system does not say."""
         with contextlib.suppress(OSError):
             text = Path(f"/proc/{self.process.pid}/status").read_text()
-            return int(text.partition("VmRSS:")[2].split()[0]) >> 10
+            return int(text.partition(f"{kind}:")[2].split()[0]) >> 10
         return 0
 
     def end(self) -> None:
@@ -75,50 +81,76 @@ class Server:
         self.process.wait()
 
 
-def picture_url(path: Path) -> str:
+def data_uri(path: Path) -> str:
     return f"data:image/{path.suffix[1:]};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def bodies(url: str) -> list[Any]:
-    """Right bodies, which are changed at random places."""
+def requests_of(url: str, video: str) -> list[tuple[str, Any]]:
+    """Return (path, right body) for every path and most fields; they are changed at random places."""
+    data = url.partition(",")[2]
     image = {"type": "image_url", "image_url": {"url": url}}
-    user = {"role": "user", "content": [image, {"type": "text", "text": "What is it?"}]}
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
-    schema = {"name": "s", "schema": {"type": "object", "properties": {"a": {"enum": [1, 2]}}}}
+    clip = {"type": "video_url", "video_url": {"url": video}}
+    text = {"type": "text", "text": "What is it?"}
+    user = {"role": "user", "content": [image, text]}
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}}
+    function = {"name": "f", "description": "See.", "parameters": schema}
+    tool = {"type": "function", "function": function}
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    history = [user, {"role": "assistant", "content": None, "tool_calls": [call]}]
-    return [
-        {"model": "tiny", "messages": [user], "max_tokens": 4, "stream": True, "temperature": 1, "seed": 1},
-        {
-            "messages": [user],
-            "max_tokens": 4,
-            "n": 2,
-            "logprobs": True,
-            "top_logprobs": 2,
-            "stop": ["a", "b"],
-        },
-        {"messages": [user], "max_tokens": 9, "tools": [tool], "tool_choice": "required"},
-        {
-            "messages": [user],
-            "max_tokens": 9,
-            "response_format": {"type": "json_schema", "json_schema": schema},
-        },
-        {"messages": [*history, {"role": "tool", "tool_call_id": "c", "content": "1"}], "max_tokens": 2},
-        {"prompt": "A dog", "max_tokens": 4, "echo": True},
-        {"prompt": [[1, 2], [3]], "max_tokens": 2, "logprobs": 1},
-        {"messages": [user, {"role": "assistant", "content": "A dog."}]},
-        {
-            "input": [{"role": "user", "content": [{"type": "input_text", "text": "a"}]}],
-            "max_output_tokens": 16,
-        },
-        {
-            "messages": [{"role": "user", "content": "a"}],
-            "max_tokens": 3,
-            "stop_sequences": ["x"],
-            "system": "b",
-        },
-        {"prompt": "a", "images": [url.partition(",")[2]], "stream": False, "options": {"num_predict": 2}},
+    called = [user, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    given = {"role": "tool", "tool_call_id": "c", "content": "1"}
+    form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+    source = {"type": "base64", "media_type": "image/png", "data": data}
+    turn = {"role": "user", "content": [{"type": "image", "source": source}, text]}
+    use = {"type": "tool_use", "id": "c", "name": "f", "input": {"a": 1}}
+    result = {"type": "tool_result", "tool_use_id": "c", "content": [text]}
+    turns = [turn, {"role": "assistant", "content": [use]}, {"role": "user", "content": [result]}]
+    shown = {"role": "user", "content": [{"type": "input_text", "text": "a"}]}
+    shown["content"] += [{"type": "input_image", "image_url": url}]
+    items = [
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "1"},
+        {"type": "item_reference", "id": "msg_0"},
     ]
+    chats = [
+        {"model": "tiny", "messages": [user], "stream": True, "temperature": 1, "seed": 1},
+        {"messages": [user], "n": 2, "logprobs": True, "top_logprobs": 2, "stop": ["a", "b"]},
+        {"messages": [user], "tools": [tool], "tool_choice": "required", "parallel_tool_calls": True},
+        {"messages": [user], "response_format": form, "stream": True},
+        {"messages": [*called, given], "tools": [tool], "tool_choice": "auto"},
+        {"messages": [{"role": "user", "content": [clip, text]}]},
+        {"messages": [user, {"role": "assistant", "content": "A", "prefix": True}]},
+        {"messages": [user], "guided_regex": "[ab]{1,3}"},
+        {"messages": [user], "structured_outputs": {"choice": ["a", "b"]}},
+        {"messages": [user], "guided_json": schema, "repetition_penalty": 1.3, "min_p": 0.1, "top_k": 4},
+        {"messages": [user], "stream": True, "stream_options": {"include_usage": True}},
+    ]
+    tools = [{"type": "function", "name": "f", "parameters": schema}]
+    asked = {"role": "user", "content": "a", "images": [data]}
+    return [
+        *(("/v1/chat/completions", {"max_tokens": 4, **chat}) for chat in chats),
+        ("/v1/completions", {"prompt": "A dog", "max_tokens": 4, "echo": True, "stop": "x"}),
+        ("/v1/completions", {"prompt": [[1, 2], [3]], "max_tokens": 2, "logprobs": 1, "n": 2}),
+        ("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 2, "stream": True, "guided_choice": ["a"]}),
+        ("/v1/responses", {"input": [shown, *items[:2]], "max_output_tokens": 16, "instructions": "b"}),
+        ("/v1/responses", {"input": [shown], "tools": tools, "tool_choice": "required", "stream": True}),
+        ("/v1/responses", {"input": "a", "text": {"format": {**form["json_schema"], "type": form["type"]}}}),
+        ("/v1/responses", {"input": [items[2], shown], "store": True, "metadata": {"a": "b"}}),
+        ("/v1/messages", {"messages": [turn], "max_tokens": 3, "stop_sequences": ["x"], "system": "b"}),
+        (
+            "/v1/messages",
+            {
+                "messages": turns,
+                "max_tokens": 3, "stream": True, "tool_choice": {"type": "tool", "name": "f"},
+                "tools": [{"name": "f", "input_schema": schema}],
+            },
+        ),
+        ("/api/generate", {"model": "tiny", "prompt": "a", "images": [data], "options": {"num_predict": 2}}),
+        ("/api/chat", {"model": "tiny", "messages": [asked], "tools": [tool]}),
+        ("/api/chat", {"model": "tiny", "messages": [asked], "format": schema, "stream": False}),
+        ("/api/show", {"model": "tiny", "verbose": True}),
+        ("/explain", {"messages": [user, {"role": "assistant", "content": "A dog."}]}),
+        ("/boxes", {"text": "A dog [0.1, 0.2, 0.3, 0.4].", "width": 64, "height": 48, "pictures": 1}),
+    ]  # fmt: skip
 
 
 def change(draw: random.Random, value: Any) -> Any:
@@ -166,21 +198,29 @@ def problem_of(response: httpx.Response) -> str:
 def attack(folder: Path) -> Iterator[Callable[[random.Random], str]]:
     """Right requests with random changes, and bytes that are no requests."""
     model = make_model(folder / "model")
-    pictures = make_pictures(folder / "pictures")
+    pictures, videos = make_pictures(folder / "pictures"), make_videos(folder / "videos")
     server = Server(model, "--timeout", "20", "--body-timeout", "5")
     try:
         while True:
-            yield functools.partial(_request, server, [picture_url(path) for path in pictures])
+            yield functools.partial(
+                _request, server, *(list(map(data_uri, each)) for each in (pictures, videos))
+            )
     finally:
         server.end()
 
 
-def _request(server: Server, urls: list[str], draw: random.Random) -> str:
-    if draw.random() < 0.15:
+def _request(server: Server, pictures: list[str], videos: list[str], draw: random.Random) -> str:
+    kind = draw.random()
+    if kind < 0.15:
         problem = _bytes(server, draw)
+    elif kind < 0.2:
+        problem = _read(server, draw)
     else:
-        body = draw.choice(bodies(draw.choice(urls)))
-        for _ in range(draw.choice((1, 1, 2, 3))):
+        requests = requests_of(draw.choice(pictures), draw.choice(videos))
+        path, body = draw.choice(requests)
+        if draw.random() < 0.1:
+            path = draw.choice(requests)[0]
+        for _ in range(draw.choice((0, 1, 1, 2, 3))):
             body = change(draw, body)
         data = json.dumps(body).encode()
         if draw.random() < 0.1:
@@ -188,13 +228,21 @@ def _request(server: Server, urls: list[str], draw: random.Random) -> str:
             data = data[:place] + draw.randbytes(draw.randrange(9)) + data[place + draw.randrange(9) :]
         headers = {"Content-Type": draw.choice(("application/json",) * 9 + ("text/plain", "", "x" * 999))}
         try:
-            problem = problem_of(
-                httpx.post(server.url + draw.choice(PATHS), content=data, headers=headers, timeout=60)
-            )
+            problem = problem_of(httpx.post(server.url + path, content=data, headers=headers, timeout=60))
         except httpx.HTTPError as error:
             problem = f"{type(error).__name__}: {error}"
-        problem = problem and f"{problem} -- {data[:200]!r}"
+        problem = problem and f"{path}: {problem} -- {data[:200]!r}"
     return problem or _alive(server)
+
+
+def _read(server: Server, draw: random.Random) -> str:
+    """Ask for what needs no body, with strange names and another method now and then."""
+    name = draw.choice(("tiny", "", "..%2f..%2fetc%2fpasswd", "%00", "x" * 5000, "%ff", "a/b", "%ed%a0%80"))
+    path, method = draw.choice(READ).format(name), draw.choice(("GET",) * 4 + ("POST", "DELETE", "HEAD"))
+    response = httpx.request(method, server.url + path, timeout=60)
+    if method == "HEAD" or response.status_code == 200:
+        return "" if response.status_code < 500 else f"{method} {path}: {response.status_code}"
+    return problem_of(response)
 
 
 def _bytes(server: Server, draw: random.Random) -> str:
@@ -203,9 +251,7 @@ def _bytes(server: Server, draw: random.Random) -> str:
     data = bytearray(head + b'Content-Length: 14\r\n\r\n{"prompt":"a"}')
     for _ in range(draw.randint(1, 6)):
         place = draw.randrange(len(data))
-        data[place : place + draw.randrange(4)] = draw.choice(
-            (b"\r\n", b"\0", b"\xff", b" ", b":", b"9" * 30, b"Transfer-Encoding: chunked\r\n", b"a" * 70_000)
-        )
+        data[place : place + draw.randrange(4)] = draw.choice(BYTES)
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as connection:
         connection.settimeout(0.3)
         with contextlib.suppress(OSError):
@@ -221,11 +267,15 @@ def _alive(server: Server) -> str:
         return f"the server ended: {server.log[-3:]}"
     begun = time.monotonic()
     status = httpx.get(f"{server.url}/health", timeout=60).status_code
-    if status != 200 or time.monotonic() - begun > SECONDS:
+    if status != 200 or time.monotonic() - begun > seconds():
         return f"/health: {status} after {time.monotonic() - begun:.1f} s"
-    if server.memory > MEMORY:
-        return f"the server takes {server.memory} MiB"
-    return ""
+    now, peak = server.memory(), server.memory("VmHWM")
+    return f"the server takes {now} MiB, {peak} at its peak" if now > MEMORY or peak > PEAK else ""
+
+
+def seconds() -> float:
+    """Return how long a short request may take now: longer in proportion on a machine with other work."""
+    return SECONDS * (1 + os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def enormous_png(side: int) -> str:
@@ -310,7 +360,7 @@ def _load(server: Server, draw: random.Random) -> str:
             begun = time.monotonic()
             status = client.get(f"{server.url}/health").status_code
             took = time.monotonic() - begun
-            if status != 200 or took > SECONDS * (1 + os.getloadavg()[0] / (os.cpu_count() or 1)):
+            if status != 200 or took > seconds():
                 problems.append(f"/health: {status} after {took:.1f} s")
             time.sleep(0.05)
     return "; ".join(problems) or _alive(server)

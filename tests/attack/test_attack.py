@@ -13,6 +13,7 @@ import pytest
 
 from pumice.engine import engine as engine_module
 from pumice.model import cache
+from pumice.tokens import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def attacks() -> Iterator[Any]:
         yield importlib.import_module("run")
 
 
-@pytest.mark.parametrize("name", ["schedules", "requests", "files"])
+@pytest.mark.parametrize("name", ["schedules", "requests", "tokens", "files"])
 def test_a_try_of_each(attacks: Any, name: str) -> None:
     assert attacks.run(name, 28, 0, 0) == (1, [])
 
@@ -53,3 +54,16 @@ def test_an_answer_that_is_not_the_naive_one_is_found(attacks: Any) -> None:
     assert all("expected" in problem for problem in problems)
     assert engine_module.BLOCK == cache.BLOCK  # the schedules' own sizes of blocks end with them
     assert not any(schedules.schedule([world], random.Random(number)) for number in range(3))
+
+
+def test_a_control_token_of_a_text_is_found(attacks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = importlib.import_module("control_tokens")
+    processors = tokens.worlds()
+    assert not any(tokens._conversation(processors, random.Random(number)) for number in range(20))
+
+    def careless(tokenizer: Tokenizer, text: str) -> Any:
+        """Tokenize as the library does, unless it is told that special tokens are text."""
+        return tokenizer.backend.encode(text, add_special_tokens=False)
+
+    monkeypatch.setattr(Tokenizer, "_encode", careless)
+    assert sum(bool(tokens._conversation(processors, random.Random(number))) for number in range(20)) > 5

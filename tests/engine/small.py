@@ -15,11 +15,12 @@ def small_model(
     context: int = 96,
     stops: tuple[int, ...] = (),
     mlp_width: int = 48,
+    depth: int = 3,
     **more: bool,
 ) -> Llava:
     """more: of DecoderConfig."""
     decoder = DecoderConfig(
-        vocab_size=VOCABULARY, width=WIDTH, depth=3, heads=4, kv_heads=2, head_dim=8, mlp_width=mlp_width,
+        vocab_size=VOCABULARY, width=WIDTH, depth=depth, heads=4, kv_heads=2, head_dim=8, mlp_width=mlp_width,
         context=context, sliding_window=window, **more,
     )  # fmt: skip
     config = ModelConfig(

@@ -14,7 +14,7 @@ from pumice.assistant import Assistant, load
 from pumice.conversation import Conversation, user_message
 from pumice.engine.constraint import _compiled, json_rule
 from pumice.engine.generate import naive_generate
-from pumice.engine.grammar_check import GrammarCheck
+from pumice.engine.grammar_check import LARGEST, GrammarCheck
 
 pytest.importorskip("llguidance", reason="llguidance is not installed")
 
@@ -132,3 +132,11 @@ def test_several_grammars_are_checked_at_once() -> None:
     good, bad = "start: /[ab]+/", "start: /[ab+/"
     reasons = GrammarCheck([good, bad, good]).run()
     assert [bool(reason) for reason in reasons] == [False, True, False]
+
+
+def test_grammars_that_are_too_large_start_no_process() -> None:
+    check = GrammarCheck(["x", "x" * (LARGEST + 1)])
+    assert check.run() == [f"{LARGEST + 1} characters, more than {LARGEST}"] * 2
+    many = GrammarCheck(["x" * LARGEST] * 5)
+    assert many.run() == [f"{5 * LARGEST} characters together, more than {4 * LARGEST}"] * 5
+    assert check._process is many._process is None

@@ -12,14 +12,14 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import WIDTH, small_model
+from small import VOCABULARY, WIDTH, small_model
 
 from pumice import InputError
 from pumice.config import IMAGE_TOKEN
@@ -465,6 +465,34 @@ def test_what_was_computed_beside_nan_is_not_kept(kit: Kit, make_engine: Callabl
     [good] = kit.run(engine, prompt)
     assert good.tokens == naive_generate(engine.model, prompt)
     assert good.last.cached_tokens == 0
+
+
+class FailingConstraint:
+    """Allows every token, and fails at the third, when it is asked (`allowed`) or told (`accept`)."""
+
+    def __init__(self, method: str) -> None:
+        self.method, self.tokens = method, 0
+
+    def allowed(self) -> torch.Tensor:
+        if self.method == "allowed" and self.tokens == 2:
+            raise InputError("nothing can follow")
+        return torch.ones(VOCABULARY, dtype=torch.bool)
+
+    def accept(self, token: int) -> None:
+        self.tokens += 1
+        if self.method == "accept" and self.tokens == 3:
+            raise InputError("nothing can follow")
+
+
+@pytest.mark.parametrize("method", ["allowed", "accept"])
+def test_a_constraint_that_fails_ends_its_own_request_only(
+    kit: Kit, make_engine: Callable[..., Engine], method: str
+) -> None:
+    held = replace(PROMPTS[0], constraint=lambda: FailingConstraint(method))
+    bad, good = kit.run(make_engine(), held, PROMPTS[2])
+    assert (bad.last.finish, str(bad.last.error)) == ("error", "nothing can follow")
+    assert bad.tokens == EXPECTED[None][0][:2]
+    assert good.tokens == EXPECTED[None][2]
 
 
 def test_a_pass_that_fails_ends_the_requests_in_it_and_the_next_work(

@@ -17,6 +17,7 @@ import pytest
 
 from pumice.errors import InputError
 from pumice.evaluate import archives
+from pumice.evaluate.archives import read_member
 from pumice.evaluate.files import DataFile, ImageFolders, locate, read_json, read_rows, search
 
 TEXT = b'{"a": "' + b"".join(b"%x" % (n * n) for n in range(500)) + b'"}'
@@ -87,6 +88,12 @@ def test_what_cannot_be_unpacked(tmp_path: Path, data: bytearray, message: str) 
     (tmp_path / "x.zip").write_bytes(data)
     with pytest.raises(InputError, match=rf"x\.zip/x\.json' {message}"):
         read_json(locate(tmp_path, ("x.json",)))
+
+
+def test_a_file_that_is_not_in_the_zip(tmp_path: Path) -> None:
+    (tmp_path / "x.zip").write_bytes(zipped())
+    with pytest.raises(InputError, match=r"x\.zip' has no file 'y\.json'; fetch the zip again"):
+        read_member(tmp_path / "x.zip", "y.json")
 
 
 def test_a_member_may_claim_to_be_small(tmp_path: Path) -> None:

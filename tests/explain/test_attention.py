@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from pumice.assistant import Assistant
 from pumice.config import IMAGE_TOKEN
 from pumice.conversation import Conversation, user_message
 from pumice.engine.generate import generate
+from pumice.explain import attention
 from pumice.explain.attention import Passage, log_probabilities, read, score
 from pumice.model.quantized import quantize
+from pumice.stopping import Stopped, stoppable
 
 NAMES = (
     "CLIP + Llama, pad (LLaVA 1.5)",
@@ -122,6 +126,24 @@ def test_gradients_of_all_words_at_once_are_those_of_each_alone(
                 both = (slope * row).detach()[0, :, own, columns].clamp_min(0).mean(0)
                 scale = max(1.0, float(both.max()))
                 assert torch.allclose(record.gradient[number, layer] / scale, both / scale, atol=1e-4)
+
+
+def test_gradients_that_are_stopped_end_after_a_block(
+    models: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assistant = opened(models, NAMES[0])
+    passage = passage_of(assistant, models)
+    stop, begun, begin = threading.Event(), [], attention._OwnPosition.__init__
+
+    def noted(attend: Any, *arguments: Any) -> None:
+        begun.append(attend)
+        stop.set()
+        begin(attend, *arguments)
+
+    monkeypatch.setattr(attention._OwnPosition, "__init__", noted)
+    with stoppable(stop), pytest.raises(Stopped):
+        read(assistant.model, [passage], gradient_from=0)
+    assert len(begun) == 1 < assistant.model.config.decoder.depth
 
 
 def test_gradients_through_int8(models: ModuleType) -> None:

@@ -17,8 +17,10 @@ from asking import ask, data_uri, picture, post, user_message
 
 from pumice.assistant import Assistant, load
 from pumice.conversation import Conversation, ImagePart, Message
+from pumice.engine.constraint import GrammarAnswer
 from pumice.engine.engine import Engine, Plan
 from pumice.engine.generate import naive_generate
+from pumice.engine.grammar_check import refused
 from pumice.serve import stream
 
 
@@ -279,6 +281,35 @@ def test_answers_that_are_json(client: openai.OpenAI, server: str) -> None:
     response_format["json_schema"]["schema"] = {"type": "nonsense"}
     error = post(server, ask(response_format=response_format)).json()["error"]
     assert (error["param"], error["code"]) == ("response_format", "invalid_json_schema")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_schema_that_fails_in_the_midst_is_the_request_s_own_fault(
+    server: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, streamed: bool
+) -> None:
+    """As one does that turns out to be too complex after some tokens."""
+    accept, tokens = GrammarAnswer.accept, 0
+
+    def failing(answer: GrammarAnswer, token: int) -> None:
+        nonlocal tokens
+        tokens += 1
+        if tokens == 3:
+            raise refused("too complex", "JSON schema")
+        accept(answer, token)
+
+    monkeypatch.setattr(GrammarAnswer, "accept", failing)
+    caplog.set_level("INFO", "pumice.serve")
+    schema = {"type": "string", "minLength": 9}
+    form = {"type": "json_schema", "json_schema": {"name": "texts", "schema": schema}}
+    response = post(server, ask(response_format=form, max_tokens=40, stream=streamed))
+    assert response.status_code == (200 if streamed else 400)
+    text = response.text.strip().splitlines()[-1].removeprefix("data: ") if streamed else response.text
+    error = json.loads(text)["error"]
+    assert error["type"] == "invalid_request_error"
+    assert "JSON schema cannot be followed" in error["message"]
+    while not any(record.message == "request" for record in caplog.records):
+        pass
+    assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
 
 
 def test_an_answer_is_explained(server: str, exact: Assistant) -> None:

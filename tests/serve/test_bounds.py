@@ -17,6 +17,7 @@ from test_limits import error_of
 from pumice.engine.grammar_check import GrammarCheck
 from pumice.serve import backend, guard
 from pumice.serve.connection import FED, MAX_HEADERS, MAX_PIPELINED
+from pumice.tokens import PIECE, Tokenizer
 
 KB = 1024
 
@@ -226,6 +227,12 @@ def test_what_comes_back_is_shortened(
     assert LONG[:201] not in logged
 
 
+def test_a_token_of_too_many_digits_comes_back_shortened(server: str) -> None:
+    response = post(server, {"prompt": [10**4000]}, "/v1/completions")
+    assert "the prompt has the token 1000" in error_of(response, 400)["message"]
+    assert len(response.content) < KB
+
+
 def test_long_headers_come_back_shortened(server: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG", "pumice.serve")
     long = "x" * (MAX_HEADERS // 2)
@@ -244,7 +251,23 @@ def test_long_headers_come_back_shortened(server: str, caplog: pytest.LogCapture
         assert long[:201] not in json.dumps(record.__dict__["fields"])
 
 
-def test_texts_that_cannot_fit_are_refused_before_they_are_tokenized(server: str) -> None:
+@pytest.fixture
+def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of the texts that were tokenized, in characters."""
+    lengths: list[int] = []
+    encode = Tokenizer._encode
+
+    def noted(tokenizer: Tokenizer, text: str) -> Any:
+        lengths.append(len(text))
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr(Tokenizer, "_encode", noted)
+    return lengths
+
+
+def test_texts_that_cannot_fit_are_refused_before_they_are_tokenized(
+    server: str, tokenized: list[int]
+) -> None:
     for path, body in (
         ("/v1/chat/completions", ask("word " * 1_000_000)),
         ("/v1/completions", {"prompt": "word " * 1_000_000}),
@@ -254,14 +277,16 @@ def test_texts_that_cannot_fit_are_refused_before_they_are_tokenized(server: str
         assert response.status_code == 400
         assert "maximum context length is 256 tokens" in response.json()["error"]["message"]
         assert response.json()["error"]["code"] == "context_length_exceeded"
+    assert max(tokenized, default=0) <= PIECE
 
 
-def test_answers_too_long_to_explain(roomy: str) -> None:
+def test_answers_too_long_to_explain(roomy: str, tokenized: list[int]) -> None:
     question = ask("What?", picture())["messages"]
     for words in (600, 1_000_000):
         body = {"messages": [*question, {"role": "assistant", "content": "dog " * words}]}
         error = error_of(post(roomy, body, "/explain"), 400)
         assert error["param"] == "messages"
+    assert max(tokenized, default=0) <= PIECE
 
 
 def test_pictures_to_explain_have_a_limit_together(local: Any) -> None:

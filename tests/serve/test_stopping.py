@@ -22,12 +22,12 @@ from pumice.engine import grammar_check
 from pumice.engine.engine import Engine
 from pumice.engine.grammar_check import GrammarCheck
 from pumice.explain.attention import Passages
-from pumice.serve import run
+from pumice.serve import backend, images, run, work
 from pumice.serve.anthropic import AnthropicRequest
 from pumice.serve.ollama import OllamaChatRequest, OllamaGenerateRequest
 from pumice.serve.responses import ResponsesRequest
 from pumice.serve.settings import ServerSettings
-from pumice.serve.work import THREADS, Workers
+from pumice.serve.work import SHORT_TEXT, THREADS, Workers
 from pumice.stopping import Stopped, check_stopped
 
 # It takes a minute to compile. Each number makes it another one.
@@ -145,6 +145,38 @@ def test_the_end_of_a_drain(tiny_folder: Path, held_engine: Held, caplog: pytest
     assert sorted(line["status"] for line in lines) == [200] + [503] * 6
     assert {line["code"] for line in lines} == {"draining"}
     assert not [record for record in caplog.records if record.exc_info or record.levelno > logging.INFO]
+
+
+def test_connections_that_nobody_has_accepted_at_the_end(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system has made them while the server was busy. Closing its socket then would reset them."""
+    from pumice.assistant import load
+
+    monkeypatch.setattr(run, "ACCEPT_SECONDS", 0)
+    assistant = load(tiny_folder, device="cpu", quantize=None, slots=1, cache_tokens=256)
+    settings = ServerSettings(port=0).check()
+    server, listener = run.make_server(assistant, ("tiny",), settings), run.bind(settings)
+    held, end = Held(), server._gate.end
+
+    def slow_end() -> None:
+        held.wait()
+        end()
+
+    monkeypatch.setattr(server._gate, "end", slow_end)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    assert held.entered.wait(60)
+    waiting = [send(url, ask()) for _ in range(5)]
+    held.leave.set()
+    for connection in waiting:
+        assert read(connection).startswith("HTTP/1.1 503")
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 @posix
@@ -278,6 +310,38 @@ def test_long_work_leaves_threads_to_short_work() -> None:
         workers.close()
 
     asyncio.run(main())
+
+
+def test_each_kind_of_work_has_its_threads(roomy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long texts, many pixels, files whose pixels are known when they are decoded, and long bodies."""
+    threads: list[str] = []
+
+    def noted(module: Any, name: str) -> None:
+        call = getattr(module, name)
+
+        def noting(*arguments: Any) -> Any:
+            threads.append(threading.current_thread().name.rpartition("_")[0])
+            return call(*arguments)
+
+        monkeypatch.setattr(module, name, noting)
+
+    def threads_of(body: Any) -> list[str]:
+        threads.clear()
+        post(roomy, body)
+        return threads
+
+    noted(backend.Backend, "_chat_prompt")
+    assert threads_of(ask()) == threads_of(ask("What?", picture())) == ["pumice-short"]
+    assert threads_of(ask("x" * (SHORT_TEXT + 1))) == ["pumice-long"]
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "SHORT_PIXELS", 40 * 30 - 1)
+        assert threads_of(ask("What?", picture())) == ["pumice-long"]
+    noted(images, "_check")
+    assert threads_of(ask("What?", picture())) == ["pumice-short"] * 2
+    assert threads_of(ask("What?", picture(file_format="TIFF"))) == ["pumice-long", "pumice-short"]
+    noted(backend, "parse")
+    assert not threads_of(ask())[0].startswith("pumice")
+    assert threads_of(ask(metadata={"a": "x" * backend.LONG_BODY}))[0] == "pumice-parse"
 
 
 def test_a_tool_schema_that_is_too_hard_is_named(roomy: str) -> None:

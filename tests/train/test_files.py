@@ -15,6 +15,7 @@ from PIL import Image
 from pumice.config import ImagePolicy
 from pumice.conversation import ImagePart
 from pumice.errors import InputError, WorkError
+from pumice.files import sha256
 from pumice.formats.load import open_model
 from pumice.images import image_key
 from pumice.processor import Processor
@@ -100,6 +101,26 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+def list_names(manifest: Path) -> None:
+    """Keep the names of a manifest's files alone."""
+    manifest.write_text(json.dumps(list(json.loads(manifest.read_text()))))
+
+
+def certify(old: str, new: str) -> Callable[[Path], None]:
+    """Return what replaces a part of a file, and its size and SHA-256 in the manifest."""
+
+    def spoil(path: Path) -> None:
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+        manifest = path.parent / "manifest.json"
+        entries = json.loads(manifest.read_text())
+        entries[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+        manifest.write_text(json.dumps(entries))
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("file", "spoil", "message"),
     [
@@ -119,8 +140,12 @@ def flip_a_bit(path: Path) -> None:
             r"is damaged \(.*has changed: its SHA-256 is not the manifest's",
         ),
         ("manifest.json", lambda path: path.write_text("{}"), r"manifest\.json does not name rng-00000"),
-        ("manifest.json", lambda path: path.write_text("[]"), r"manifest\.json does not name rng-00000"),
-        ("manifest.json", lambda path: path.write_text('{"state.json": []}'), "is damaged"),
+        ("manifest.json", lambda path: path.write_text("[]"), r"manifest\.json does not give the size"),
+        ("manifest.json", list_names, r"manifest\.json does not give the size and the SHA-256 of each file"),
+        ("manifest.json", lambda path: path.write_text('{"state.json": []}'), "does not give the size"),
+        ("state.json", certify('"processes": 1', '"processes": null'), "has them in other types"),
+        ("state.json", certify('"step": 10', '"step": "10"'), "has them in other types"),
+        ("state.json", certify('"step.a": 10.0', '"step.a": "x"'), "'step.a' should be a number"),
         ("manifest.json", lambda path: path.write_text("[" * 100_000), "is damaged"),
     ],
 )
@@ -285,7 +310,22 @@ def test_a_torn_line_of_metrics_is_left_out(tmp_path: Path) -> None:
     assert read_metrics(path) == [{"step": 1}]
 
 
-@pytest.mark.parametrize("line", ["[]", "7", '{"loss": 1}', '{"step": "1"}', "[" * 100_000, "1" * 5000])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "7",
+        '{"loss": 1}',
+        '{"step": "1"}',
+        "[" * 100_000,
+        "1" * 5000,
+        '{"step": 1' + "0" * 4000 + "}",
+        '{"step": 1, "loss": {}}',
+        '{"step": 1, "held_out_loss": "x"}',
+        '{"step": 1, "answer": "x"}',
+        '{"step": 1, "question": "x", "reference": "x", "answer": 1}',
+    ],
+)
 def test_a_line_of_metrics_that_is_no_event_is_refused(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f"{line}\n")

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
-from pumice.errors import InputError, install
+from pumice.errors import InputError, install, shorten
 
 LARGEST_FILE = 1 << 30  # bytes of one file, unpacked; the largest official one has 0.8 GB
 EXPANSION = 20  # a parquet file that is larger may hold so many times its size
@@ -47,11 +47,14 @@ def members(path: Path) -> list[str]:
 def read_member(path: Path, member: str) -> bytes:
     """Return a file in the zip at `path`.
 
-    Raises InputError where it is damaged, encrypted, larger than LARGEST_FILE, or packed by another method
-    than deflation.
+    Raises InputError where it is not there, damaged, encrypted, larger than LARGEST_FILE, or packed by
+    another method than deflation.
     """
     label, archive = f"{path}/{member}", _archive(path)
-    info = archive.getinfo(member)
+    try:
+        info = archive.getinfo(member)
+    except KeyError as error:
+        raise InputError(f"'{path}' has no file {shorten(member)}; fetch the zip again") from error
     if info.file_size > LARGEST_FILE:
         raise InputError(
             f"'{label}' has {info.file_size >> 20} MB, more than {LARGEST_FILE >> 20}; unpack the right file"

@@ -19,7 +19,7 @@ from pumice.conversation import Conversation, Video
 from pumice.engine.grammar_check import GrammarCheck, refused
 from pumice.engine.requests import Prompt, check_room
 from pumice.engine.sampling import SamplingParams
-from pumice.errors import ContextOverflow, InputError
+from pumice.errors import ContextOverflow, InputError, shorten
 from pumice.serve.answers import AnswerForm, AnswerPiece, ChatForm, CompletionForm, ModelResponse, join
 from pumice.serve.anthropic import AnthropicForm, AnthropicRequest
 from pumice.serve.boxes import BoxesRequest, boxes_in
@@ -356,8 +356,9 @@ class Backend:
         if not ids:
             raise InputError("the prompt is empty; give some text to continue")
         size = self.assistant.model.config.decoder.vocab_size
-        if max(ids) >= size:
-            raise InputError(f"the prompt has the token {max(ids)}, the model only {size}; give others")
+        if (largest := max(ids)) >= size:
+            number = shorten(largest, 40)
+            raise InputError(f"the prompt has the token {number}, the model only {size}; give others")
         params = SamplingParams(**{**self.assistant.generation, **sampling})
         prompt = Prompt(torch.tensor(ids, dtype=torch.int64), params=params)
         check_room(self.assistant.model, prompt)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
+import select
 import socket
 import threading
 import time
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
 KEEP_ALIVE = 75  # seconds that an idle connection stays open
 # After the time of the drain. The sum is less than the 5 s in which the process has to end.
 SEND_SECONDS = 1.5  # for clients to take the error that ends their request
-ACCEPT_SECONDS = 0.3  # for connections that the system has made and the server has not seen yet
+ACCEPT_SECONDS = 0.3  # for clients that connect now
+BACKLOG_SECONDS = 0.5  # for connections that the system has made and the server has not seen yet
 ARRIVE_SECONDS = 1.0  # for the first requests of new connections
 EXIT_SECONDS = 4.5  # then the process ends, whatever runs
 
@@ -91,8 +94,7 @@ class Server(uvicorn.Server):
         begun = time.monotonic()
         await self._wait(lambda: self._gate.in_flight == 0, SEND_SECONDS)
         await self._wait(lambda: False, begun + ACCEPT_SECONDS - time.monotonic())
-        for server in self.servers:
-            server.close()
+        await self._stop_listening(sockets or [])
         await self._wait(lambda: not self._expects_requests(), ARRIVE_SECONDS)
         # 2. Cut off clients that do not read what is sent.
         for connection in list(self.server_state.connections):
@@ -101,6 +103,19 @@ class Server(uvicorn.Server):
         # 3. Close the other connections, then the engine.
         await super().shutdown(sockets)
         self._log_stopped()
+
+    async def _stop_listening(self, listeners: list[socket.socket]) -> None:
+        """Close the listeners, once nobody waits there: the system would reset who is not accepted."""
+        for listener in listeners:
+            with contextlib.suppress(OSError):
+                listener.listen(0)  # others connect no more
+
+        def nobody_waits() -> bool:
+            return not any(select.select([listener], [], [], 0)[0] for listener in listeners)
+
+        await self._wait(nobody_waits, BACKLOG_SECONDS)
+        for server in self.servers:
+            server.close()
 
     def _expects_requests(self) -> bool:
         """Return whether a connection was made that has not brought its first request."""

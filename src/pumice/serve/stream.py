@@ -18,8 +18,9 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from pumice.engine.text import TextStream
+from pumice.errors import InputError
 from pumice.serve.answers import AnswerForm, AnswerPiece
-from pumice.serve.errors import ApiError, is_stopping, timed_out
+from pumice.serve.errors import ApiError, invalid, is_stopping, timed_out
 from pumice.serve.metrics import Metrics
 from pumice.serve.observe import RequestRecord, internal_error, request_record
 from pumice.serve.protocol import LogprobEntry, PromptDetails, PromptProgress, TopLogprob, Usage
@@ -256,6 +257,12 @@ class EventStream(StreamingResponse):
         except ApiError as error:
             running.record.add_error(error)
             yield form.error(error.body())
+        except (
+            InputError
+        ) as error:  # of the request's own settings, such as a schema that nothing can satisfy
+            refused = invalid(None, str(error))
+            running.record.add_error(refused)
+            yield form.error(refused.body())
         except Exception as error:  # too late for a status: send an event, and log the trace
             running.record.error = error
             yield form.error(internal_error(running.record).body())

@@ -27,13 +27,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pumice.errors import InputError, WorkError
+from pumice.errors import InputError, WorkError, shorten
 from pumice.files import make_readable, sha256, sync
 from pumice.train.parallel import World
 
 # The classes of a run, by which a resumed run is compared as by its recipe; a checkpoint leaves these out.
 CLASSES = {"trainer": "Trainer", "objective": "Objective"}
 _STATE, _MANIFEST, _TENSORS = "state.json", "manifest.json", "tensors"
+_STATE_TYPES = {"step": int, "processes": int, "recipe": dict, "progress": dict, "optimizer": dict}
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def latest(
     try:
         # 2. Verify files before the recipe: a damaged state.json could blame the recipe.
         _verify(path, world)
-        state = json.loads((path / _STATE).read_text())
+        state = _read_state(path / _STATE)
         if differences := _list_differences(complete(state["recipe"]), recipe):
             raise _RecipeDiffers(*differences[0])
         # 3. Read tensors and this process's random state.
@@ -267,9 +268,22 @@ def _manifest_entries(partial: Path, files: list[Path]) -> dict[str, dict[str, A
     }
 
 
+def _read_state(path: Path) -> dict[str, Any]:
+    """Read state.json. Raises ValueError where a value has another type than `save` writes."""
+    state = json.loads(path.read_text())
+    if not isinstance(state, dict) or any(type(state.get(k)) is not kind for k, kind in _STATE_TYPES.items()):
+        raise ValueError(f"{_STATE} lacks {', '.join(_STATE_TYPES)}, or has them in other types")
+    if wrong := [key for key, value in state["optimizer"].items() if not isinstance(value, int | float)]:
+        raise ValueError(f"{_STATE}: {shorten(wrong[0])} should be a number")
+    return state
+
+
 def _verify(path: Path, world: World) -> None:
     """Compare files with the manifest, each process a share of them. ValueError names a file that differs."""
-    manifest: dict[str, dict[str, Any]] = json.loads((path / _MANIFEST).read_text())
+    manifest = json.loads((path / _MANIFEST).read_text())
+    entries = manifest.values() if isinstance(manifest, dict) else [None]
+    if not all(isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in entries):
+        raise ValueError(f"{_MANIFEST} does not give the size and the SHA-256 of each file")
     written = {file.relative_to(path).as_posix() for file in path.rglob("*.*") if file.is_file()}
     if uncertified := written - {*manifest, _MANIFEST}:
         raise ValueError(f"{_MANIFEST} does not name {min(uncertified)}")

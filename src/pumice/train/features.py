@@ -168,7 +168,7 @@ class FeatureCache:
         if not description.exists():
             with replacing(description) as file:
                 json.dump(meta, file)
-        elif description.read_text() != json.dumps(meta):
+        elif description.read_bytes() != json.dumps(meta).encode():
             raise InputError(f"{folder} holds the features of another tower or image policy; remove it")
         self._keys_path, self._data_path = folder / "keys.txt", folder / "features.bin"
         self._data_path.touch()

@@ -21,6 +21,8 @@ from pumice.train.recipe import Recipe
 from pumice.train.trackers import TRACKERS
 
 METRICS, PLOT = "metrics.jsonl", "loss.png"  # files in the run's folder
+# The types of what is read back of an event.
+_NUMBERS, _TEXTS = ("step", "loss", "held_out_loss"), ("question", "reference", "answer")
 
 
 class TrainingReport:
@@ -179,8 +181,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     try:
         events = [json.loads(line) for line in whole_lines(path)]
-        if not all(isinstance(event, dict) and type(event.get("step")) is int for event in events):
+        if not all(map(_is_event, events)):
             raise ValueError("a line is no event of a step")
         return events
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}); remove it; the checkpoints do not need it") from error
+
+
+def _is_event(event: Any) -> bool:
+    """Return whether a line of a metrics file holds what the report wrote, as far as it is read back."""
+    if not isinstance(event, dict) or type(event.get("step")) is not int or abs(event["step"]) > 1 << 53:
+        return False
+    numbers, texts = ([event[key] for key in keys if key in event] for keys in (_NUMBERS, _TEXTS))
+    if texts and len(texts) < len(_TEXTS):
+        return False
+    return all(type(n) in (int, float) for n in numbers) and all(isinstance(text, str) for text in texts)

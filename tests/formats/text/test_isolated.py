@@ -91,8 +91,15 @@ def test_an_error_names_the_file() -> None:
 )
 def test_time_and_memory_are_bounded(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONFAULTHANDLER", "")
-    with pytest.raises(InputError, match=r"here: this chat template .*; name the format with --template"):
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    message = r"here: this chat template .*; name the format with --template"
+    with pytest.raises(InputError, match=message) as caught:
         isolated.describe(source, **TOKENS, label="here")
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < isolated.CPU_SECONDS + 5
+    assert "8000000000 characters" not in str(caught.value)  # which had to be in memory
+    assert "(it fails: )" not in str(caught.value)
 
 
 def test_no_template_leaves_the_sandbox(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pumice.config import DecoderConfig, ImagePolicy, RopeScaling, VisionConfig, naming
-from pumice.errors import InputError, shorten
+from pumice.errors import InputError, finite, shorten
 from pumice.formats.families import FAMILIES, TOWERS, Family, check_rotation
 from pumice.formats.recognise import check_classes
 from pumice.storage.json_file import Keys
@@ -195,13 +195,14 @@ def image_policy(keys: Keys, vision: VisionConfig) -> ImagePolicy:
     shortest = isinstance(keys.values.get("size"), dict) and "shortest_edge" in keys.values["size"]
     if shortest and not crop and not pad:
         raise InputError(f"{keys.label}: shortest_edge without do_center_crop does not make pictures square")
-    return ImagePolicy(
-        mode="pad" if pad else "crop" if crop and _crops(keys) else "squash",
-        mean=mean,
-        std=std,
-        resample=keys.only("resample", RESAMPLE, 3),
-        pad_color=padding(mean),
-    )
+    with naming(keys.label):
+        return ImagePolicy(
+            mode="pad" if pad else "crop" if crop and _crops(keys) else "squash",
+            mean=mean,
+            std=std,
+            resample=keys.only("resample", RESAMPLE, 3),
+            pad_color=padding(mean),
+        )
 
 
 def default_policy(vision: VisionConfig) -> ImagePolicy:
@@ -313,9 +314,9 @@ def layer_types(depth: int, pattern: int) -> list[str]:
 
 def _three(keys: Keys, key: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
     value = keys.get(key, list, list(default))
-    if len(value) != 3 or not all(isinstance(number, int | float) for number in value):
+    if len(value) != 3 or not all(type(number) in (int, float) for number in value):
         raise InputError(f"{keys.label}: {key} should be three numbers, not {shorten(value)}")
-    red, green, blue = map(float, value)
+    red, green, blue = (finite(number, f"{keys.label}: {key}") for number in value)
     return red, green, blue
 
 

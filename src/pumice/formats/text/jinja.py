@@ -117,7 +117,8 @@ class Jinja:
                 **more,
             )
         except Exception as error:  # untrusted code may raise anything
-            raise Unsupported(f"it fails: {' '.join(str(error)[:200].split())}") from error
+            reason = " ".join(str(error)[:200].split()) or type(error).__name__
+            raise Unsupported(f"it fails: {reason}") from error
         if len(text) > _LONGEST:
             raise Unsupported(f"it writes {len(text)} characters for a few short messages")
         return text
