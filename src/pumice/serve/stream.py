@@ -257,9 +257,7 @@ class EventStream(StreamingResponse):
         except ApiError as error:
             running.record.add_error(error)
             yield form.error(error.body())
-        except (
-            InputError
-        ) as error:  # of the request's own settings, such as a schema that nothing can satisfy
+        except InputError as error:  # of its own settings, such as a schema
             refused = invalid(None, str(error))
             running.record.add_error(refused)
             yield form.error(refused.body())
