@@ -10,7 +10,7 @@ import torch
 from pumice.errors import InputError
 from pumice.model.cache import KVCache
 from pumice.model.llava import Llava
-from pumice.storage.memory import GB, available_memory
+from pumice.storage.memory import GB, available_memory, free_on
 
 # Of an engine for one user; more if one context needs more, and at most half of the free memory.
 CACHE_BYTES = 1 << 30
@@ -38,11 +38,9 @@ def chunk_size(device: torch.device) -> int:
 
 def free_memory(model: Llava) -> float | None:
     """Return the bytes that are free beside the model's weights on its device; None if unknown."""
-    if model.device.type == "cuda":
-        return float(torch.cuda.mem_get_info(model.device)[0])
-    free = available_memory()
-    if free is None:
-        return None
+    free = free_on(model.device)
+    if free is None or model.device.type == "cuda":
+        return free
     # Weights that are mapped from a file are not in memory yet, or count as free there.
     tensors = [*model.parameters(), *model.buffers()]
     weights = sum(tensor.nbytes for tensor in tensors if tensor.device.type == model.device.type)

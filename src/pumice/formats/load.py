@@ -30,8 +30,7 @@ from pumice.kernels.packed import LAYOUT, PackedMatrix
 from pumice.model.adapters import merge_lora
 from pumice.model.connector import Connector, check_image_tokens
 from pumice.model.llava import Llava
-from pumice.model.quantized import quantize as quantize_decoder
-from pumice.model.quantized import swap
+from pumice.model.quantized import PackedEmbedding, PackedLinear, swap
 from pumice.model.varlen import OLDEST_CAPABILITY, is_recent
 from pumice.model.vision import WideningLinear
 from pumice.processor import Processor
@@ -68,6 +67,7 @@ def open_model(
     mmproj: str | PathLike[str] | None = None,
     cache_limit: float | None = None,
     connector: Mapping[str, Any] | None = None,
+    cache_tokens: int | None = None,
 ) -> Opened:
     """Open a model in evaluation mode; no parameter requires a gradient.
 
@@ -76,9 +76,10 @@ def open_model(
     weights then stay in the type they are stored in. quantize: "int8" or "int4" quantises the decoder's
     matrices, with adapters merged. "auto" does so on a CPU with compiled code: to int8, or as they are
     stored. cache_limit: the GB that converted GGUF files may take in the cache, $PUMICE_CACHE_LIMIT if None.
-    connector: of a new connector, as for `with_connector`. On a CPU, one matrix at a time is read and
-    quantised, and quantised files are mapped. Assumptions are logged. Raises InputError if a part is missing,
-    extra, misshapen or cannot be downloaded.
+    connector: of a new connector, as for `with_connector`. cache_tokens: of the KV cache that the model gets
+    on a GPU; None: it is as large as fits. One matrix at a time is read and quantised, by the CPU, and
+    quantised files are mapped. Assumptions are logged. Raises InputError if a part is missing, extra,
+    misshapen or cannot be downloaded, or where memory does not suffice.
     """
     loaded = read_model(source, template=template, tower=tower, base=base, mmproj=mmproj)
     if connector is not None:
@@ -94,13 +95,17 @@ def open_model(
             "int8" if target.type == "cpu" and worthwhile and can_quantize(loaded.config.decoder) else None
         )
     if quantize is None or target.type != "cpu":
-        check_memory(loaded, str(source), quantize, target, dtype)
+        check_memory(loaded, str(source), quantize, target, dtype, cache_tokens)
     if quantize is None:
         return _build(loaded, str(source), target, dtype, merge)
     if target.type == "cpu":
         return _open_quantized(loaded, str(source), quantize, cache_limit)
-    opened = _build(loaded, str(source), target, dtype, merge=True)
-    quantize_decoder(opened.model.decoder, quantize)
+    # Quantised before it moves: whole, it might not fit the GPU, which has no code to quantise.
+    opened = _open_quantized(loaded, str(source), quantize, cache_limit, dtype)
+    decoder = opened.model.to(target, dtype).decoder
+    if isinstance(decoder.embed, PackedEmbedding) and decoder.config.tied_head:
+        decoder.head = PackedLinear(decoder.embed.packed)  # one again: `to` copies each module's own bytes
+    _follow_products(target, dtype)
     return opened
 
 
@@ -190,10 +195,14 @@ def _drawn(config: ModelConfig) -> LazyStateDict:
     return {f"connector.{name}": as_lazy(tensor) for name, tensor in new.state_dict().items()}
 
 
-def _build(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.dtype, merge: bool) -> Opened:
+def _follow_products(device: torch.device, dtype: torch.dtype) -> None:
+    """Let cuDNN round fp32 to TF32 only where matrix products do. It does so unless it is told not to."""
     if device.type == "cuda" and dtype == torch.float32:
-        # cuDNN rounds fp32 to TF32 unless told not to, matrix products only when asked: it follows them.
         torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
+
+
+def _build(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.dtype, merge: bool) -> Opened:
+    _follow_products(device, dtype)
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     model = _empty_model(loaded.config)
     check(loaded.state, _shapes(model), label)
@@ -206,7 +215,10 @@ def _build(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.d
     )
 
 
-def _open_quantized(loaded: LoadedParts, label: str, bits: str, cache_limit: float | None) -> Opened:
+def _open_quantized(
+    loaded: LoadedParts, label: str, bits: str, cache_limit: float | None, dtype: torch.dtype = torch.float32
+) -> Opened:
+    """Open a model on the CPU with its decoder quantised. dtype: of norms, biases and activations."""
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     check(loaded.state, shapes(loaded.config), label)
     source = loaded.sources["model"][1] if "model" in loaded.sources else None
@@ -231,8 +243,8 @@ def _open_quantized(loaded: LoadedParts, label: str, bits: str, cache_limit: flo
         assert blocks is not None
         return blocks.fetch()
 
-    swap(model.decoder, packed)
-    _fill(model, state, torch.device("cpu"), torch.float32, as_stored=True)
+    swap(model.decoder, packed, dtype)
+    _fill(model, state, torch.device("cpu"), dtype, as_stored=True)
     model.config = loaded.config
     return Opened(
         model, processor, loaded.provenance, loaded.parts, loaded.state, sentencepiece=loaded.sentencepiece

@@ -15,7 +15,7 @@ from pumice.model.cache import KVCache
 from pumice.model.llava import Llava
 from pumice.model.quantized import KINDS
 from pumice.model.vision import WideningLinear
-from pumice.storage.memory import GB, available_memory
+from pumice.storage.memory import GB, free_on
 from pumice.storage.parts import LoadedParts
 
 PROCESS_BYTES = 350e6  # Python, PyTorch and the buffers of a step, measured on a CPU
@@ -66,11 +66,20 @@ def cache_dtype(quantize: str | None, device: torch.device, dtype: torch.dtype) 
 
 
 def least_memory(
-    loaded: LoadedParts, quantize: str | None, device: torch.device, dtype: torch.dtype
+    loaded: LoadedParts,
+    quantize: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_tokens: int | None = None,
 ) -> float:
-    """Return the bytes with which a short question about a picture can be answered."""
+    """Return the bytes with which a short question about a picture can be answered.
+
+    cache_tokens: as in `check_memory`.
+    """
     config = loaded.config.decoder
     tokens = min(SHORT_PROMPT, config.context)
+    if cache_tokens is not None and device.type == "cuda":
+        tokens = cache_tokens
     cache = tokens * KVCache.bytes_per_token(config, cache_dtype(quantize, device, dtype))
     process = PROCESS_BYTES if device.type == "cpu" else 0
     weights = weight_sizes(loaded, quantize, device, dtype, with_mapped=False)
@@ -78,26 +87,33 @@ def least_memory(
 
 
 def check_memory(
-    loaded: LoadedParts, label: str, quantize: str | None, device: torch.device, dtype: torch.dtype
+    loaded: LoadedParts,
+    label: str,
+    quantize: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_tokens: int | None = None,
 ) -> None:
-    """Raise InputError if the model cannot be opened in the memory that is free; it names what could."""
-    if device.type == "cuda":
-        free: float | None = float(torch.cuda.mem_get_info(device)[0])
-    else:
-        free = available_memory()
-    needed = least_memory(loaded, quantize, device, dtype)
+    """Raise InputError if the model cannot be opened in the memory that is free; it names what could.
+
+    cache_tokens: of a KV cache whose size is given. A GPU's memory for it is taken at the start.
+    """
+    free = free_on(device)
+    needed = least_memory(loaded, quantize, device, dtype, cache_tokens)
     if free is None or needed <= free:
         return
     smaller = [
         (kind, size)
         for kind in KINDS
         if kind != quantize and can_quantize(loaded.config.decoder)
-        if (size := least_memory(loaded, kind, device, dtype)) <= free
+        if (size := least_memory(loaded, kind, device, dtype, cache_tokens)) <= free
     ]
     remedy = "close other programs, or use a smaller model"
     if smaller:
         remedy = "use " + " or ".join(f"--quantize {kind}, which needs {_gb(size)}" for kind, size in smaller)
     kind = "without quantisation" if quantize is None else f"in {quantize}"
+    if cache_tokens is not None and device.type == "cuda":
+        kind, remedy = f"{kind} with a KV cache of {cache_tokens} tokens", f"give fewer tokens, {remedy}"
     raise InputError(f"'{label}' {kind} needs {_gb(needed)} and {_gb(free)} of memory are free; {remedy}")
 
 

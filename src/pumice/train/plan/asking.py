@@ -37,7 +37,7 @@ from pumice.model.llava import Llava
 from pumice.model.quantized import KINDS, kind_of, swap
 from pumice.model.vision import WideningLinear
 from pumice.processor import Processor
-from pumice.storage.memory import available_memory
+from pumice.storage.memory import free_on
 from pumice.storage.parts import LoadedParts
 from pumice.tokens import Tokenizer
 
@@ -89,10 +89,7 @@ def plan_ask(source: str, device: str | None = None) -> AskPlan:
     """Estimate the answers of a model, whose tensors are not read. Raises InputError."""
     loaded = read_model(source)
     place = find_device(device)
-    if place.type == "cuda":
-        free: float | None = float(torch.cuda.mem_get_info(place)[0])
-    else:
-        free = available_memory()
+    free = free_on(place)
     with torch.inference_mode():
         # 1. The prompt of a question about a usual picture, and how long tower and connector take for it.
         prompt_tokens, image_tokens, image_seconds = _measure_image(loaded, place)
