@@ -15,7 +15,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import gc
 import json
+import os
 import sys
 import tempfile
 import time
@@ -92,6 +94,13 @@ class Bench:
     @property
     def sample(self) -> int:
         return 64 if self.small else SAMPLE
+
+    def free(self) -> None:
+        """Free what is not used any more, and count the peak of memory from here."""
+        gc.collect()  # blocks that compute again hold themselves
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
     def wait(self) -> None:
         if self.device.type == "cuda":
@@ -236,9 +245,6 @@ def _adapters(bench: Bench, base: str) -> dict[str, Any]:
         | {"checkpointing": "full", "pack_tokens": bench.pack}
     )
     config = dataclasses.replace(bench.llava_7b(), lora=LoraConfig(**fields))
-    if bench.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     # 1. The model as `prepare` sets it up.
     model = random_model(dataclasses.replace(config, lora=None), bench.device, torch.bfloat16)
     add_lora(model.decoder, LoraConfig(**fields))
@@ -253,8 +259,9 @@ def _adapters(bench: Bench, base: str) -> dict[str, Any]:
     objective = Objective(model.train(), TowerFeatures(model, nn.Identity(), None, False), bf16=True)
     optimizer = torch.optim.AdamW(learning, fused=True)
     pack, shape = _pack(bench, config)
+    bench.free()
 
-    # 2. A step of two packs.
+    # 2. A step of two packs. Whole weights that were quantised on the device are gone.
     def step() -> None:
         for _ in range(2):
             (objective(pack) / len(pack.targets)).backward()
@@ -266,20 +273,24 @@ def _adapters(bench: Bench, base: str) -> dict[str, Any]:
     layers = [layer for layer in model.decoder.blocks.modules() if hasattr(layer, "in_features")]
     flops = 4 * bench.pack * sum(layer.in_features * layer.out_features for layer in layers)
     share = flops / seconds / peak(bench.device, torch.bfloat16)
-    found = {"rows/s": len(pack.images) / seconds, "share of peak": share}
-    if bench.device.type == "cuda" and not bench.small:
-        footprint, held = measure(recipe, config, shape, "cuda"), sizes(recipe, config, "cuda")
-        planned = held.model_states + footprint.activations * SLACK["cuda"] + footprint.tower_pass
-        found |= {"GB": torch.cuda.max_memory_allocated() / 1e9, "planned GB": planned / 1e9}
-    return found
+    used = torch.cuda.max_memory_allocated() if bench.device.type == "cuda" else 0
+    footprint, held = measure(recipe, config, shape, "cuda"), sizes(recipe, config, "cuda")
+    planned = held.model_states + footprint.activations * SLACK["cuda"] + footprint.tower_pass
+    return {
+        "rows/s": len(pack.images) / seconds, "share of peak": share, "GB": used / 1e9,
+        "planned GB": planned / 1e9,
+    }  # fmt: skip
 
 
 def lora(bench: Bench) -> dict[str, Any]:
     """LoRA of a 7B on whole, int8 and nf4 weights. The plan must be within 10 % of the memory."""
     bases = ["none", "int8", *(["nf4"] if find_spec("bitsandbytes") else [])]
-    found = {base: _adapters(bench, base) for base in bases}
-    planned = [(one["planned GB"], one["GB"]) for one in found.values() if "GB" in one]
-    return {"ok": all(abs(plan - used) <= 0.1 * used for plan, used in planned), **found}
+    found: dict[str, dict[str, float]] = {}
+    for base in bases:
+        bench.free()
+        found[base] = _adapters(bench, base)
+    pairs = [(one["planned GB"], one["GB"]) for one in found.values()]
+    return {"ok": bench.small or all(abs(plan - used) <= 0.1 * used for plan, used in pairs), **found}
 
 
 def _llama(config: DecoderConfig, bench: Bench, dtype: torch.dtype) -> Any:
@@ -342,7 +353,7 @@ def decode(bench: Bench) -> dict[str, Any]:
     """Prefill, and decode at 1 and 32: with calls of attention, one call, and graphs, beside `generate`."""
     # Without a token that ends an answer early: weights are random.
     config, new = dataclasses.replace(bench.llava_7b(), stop_token_ids=()), 8 if bench.small else 64
-    length, found = 2 * bench.sample, dict[str, Any]()
+    length, found, many = 2 * bench.sample, dict[str, Any](), 8 if bench.small else 32
     model = random_model(
         config, bench.device, torch.bfloat16 if bench.device.type == "cuda" else torch.float32
     )
@@ -350,7 +361,7 @@ def decode(bench: Bench) -> dict[str, Any]:
     kinds["graphs"] = {"one_call": True, "graphs": True}
     texts: dict[str, list[list[int]]] = {}
     for kind, options in kinds.items():
-        for batch in (1, 32):
+        for batch in (1, many):
             milliseconds, texts[kind] = _decode(bench, model, batch, new, options)
             found[f"ms a step at {batch}, {kind}"] = milliseconds
     ids = torch.arange(length, device=bench.device)[None] % 300 + 1
@@ -359,7 +370,7 @@ def decode(bench: Bench) -> dict[str, Any]:
     if find_spec("transformers"):
         del model
         other = _llama(config.decoder, bench, torch.bfloat16).eval()
-        for batch in (1, 32):
+        for batch in (1, many):
             prompts = (torch.arange(64, device=bench.device) % 300 + 1).expand(batch, -1)
             length_of = {"min_new_tokens": new, "max_new_tokens": new}
             generate = functools.partial(
@@ -371,7 +382,7 @@ def decode(bench: Bench) -> dict[str, Any]:
         kind: sum(a[:4] == b[:4] for a, b in zip(texts["calls"], texts[kind], strict=True))
         for kind in ("one call", "graphs")
     }
-    return {"ok": min(alike.values()) >= 24, "alike": alike, **found}
+    return {"ok": min(alike.values()) >= 0.75 * many, "alike": alike, **found}
 
 
 def _decode(
@@ -409,13 +420,14 @@ def answers(bench: Bench) -> dict[str, Any]:
 
 def compiled(bench: Bench) -> dict[str, Any]:
     """A step with `compile: true`, beside the same without: the losses, and the seconds of a later step."""
-    if bench.small:
-        return {"left out": "a compiler takes longer than all other sections"}
+    # Small: traced, but not compiled, which takes longer than all other sections.
+    compile_ = functools.partial(torch.compile, backend="eager") if bench.small else torch.compile
     workshop = Workshop(bench.folder / "compiled")
     runs = {}
     for compiles in (False, True):
         changes = {"compile": compiles, "precision": "bf16", "max_steps": 3}
-        runs[compiles] = workshop.train(f"compile {compiles}", bench.device.type, **changes)
+        with patch.object(torch, "compile", compile_):
+            runs[compiles] = workshop.train(f"compile {compiles}", bench.device.type, **changes)
     losses = [[event["loss"] for event in run if "loss" in event] for run in runs.values()]
     apart = max(abs(a - b) / a for a, b in zip(*losses, strict=True))
     return {"ok": apart <= 1e-2, "apart": apart, "seconds": [run[-1]["seconds"] for run in runs.values()]}
@@ -436,6 +448,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=tuple(SECTIONS), default=[])
     arguments = parser.parse_args()
     began, failed = time.perf_counter(), False
+    # Once a process has multiplied, cuBLAS does not become deterministic any more: see `resume`.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is compared with the CPU's
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(torch.device(arguments.device), arguments.small, Path(scratch))
         for name in arguments.only or SECTIONS:
@@ -446,6 +461,7 @@ def main() -> None:
                 line |= {"left out": f"{LIMIT} s are nearly over"}
             else:
                 try:
+                    bench.free()
                     torch.manual_seed(0)
                     line |= section(bench)
                 except Exception as error:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # Before torch is imported: results to the last bit depend on the number of threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # numbers are a CPU's; for a GPU there is benchmarks/gpu.py
 # What programs learn from here about the terminal would change what they print.
 for name in ("COLUMNS", "LINES", "TERM", "NO_COLOR", "FORCE_COLOR", "PYTHONIOENCODING"):
     os.environ.pop(name, None)

@@ -114,6 +114,17 @@ def test_every_small_architecture_answers_and_explains_alike(result: Result) -> 
             np.testing.assert_allclose(cpu[values], cuda[values], atol=1e-4, err_msg=name)
 
 
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_a_model_is_quantised_before_it_moves(result: Result, bits: str) -> None:
+    """Whole, it might not fit the device."""
+    cpu, cuda = result("quantised")[f"{bits} cpu"], result("quantised")[f"{bits} cuda"]
+    np.testing.assert_allclose(cpu["logits"], cuda["logits"], atol=1e-5)
+    assert cuda["devices"] == ["cuda:0"]
+    assert cuda["moved"] < 1.1 * cuda["bytes"]
+    assert result("quantised")["dtypes"] == ["torch.bfloat16"] * 2
+    assert result("quantised")["tied"]
+
+
 @pytest.mark.parametrize("model", ["plain", "window"])
 def test_one_call_of_attention_decodes_what_many_calls_do(result: Result, model: str) -> None:
     apart, together = (result("decode")[f"{model} {kind}"] for kind in ("calls", "one call"))
@@ -128,6 +139,7 @@ def test_graphs_decode_in_buffers_that_every_step_fills(result: Result, model: s
     found = result("decode")[f"{model} graphs"]
     assert found["texts"] == result("decode")[f"{model} one call"]["texts"]
     assert (found["captured"], found["replays"], found["steps"]) == ([8, 2], 6, 11)
+    assert found["devices"] == [0]  # the model's, though the thread has chosen another
     assert found["calls"] == 2
 
 
@@ -144,10 +156,63 @@ def test_a_step_of_the_engine_waits_once(result: Result, kind: str) -> None:
     assert sum(count for *_, count in waits) == 1, waits
 
 
+def test_tokens_that_are_restricted_cost_no_wait(result: Result) -> None:
+    found = result("choosing")
+    assert found["cuda"]["texts"] == found["cpu"]["texts"]
+    assert sum(count for *_, count in found["cuda"]["waits"]) == 1, found
+
+
+def test_training_answers_in_memory_that_pytorch_keeps(result: Result) -> None:
+    assert result("full_gpu")["answers"] == 2
+
+
+def test_without_the_kernel_runs_attend_one_by_one(result: Result) -> None:
+    assert result("no_flash") == {"calls": 0, "one call": False}
+
+
+def test_kernels_get_as_many_key_heads_as_query_heads(result: Result) -> None:
+    found = result("shared_heads")
+    assert found["equal"] > 0
+    assert found["fewer"] == 0
+
+
+def test_a_deterministic_run_after_products_is_refused(result: Result) -> None:
+    assert "deterministic: true comes too late" in result("late")["message"]
+
+
 def test_a_dummy_pack_reaches_every_part(result: Result) -> None:
     found = result("dummy")
     assert found["loss"] == found["without gradient"] == 0
     assert found["text"] > 0
+
+
+def test_the_benchmark_for_a_gpu_runs_whole(library: Path) -> None:
+    """benchmarks/gpu.py, which nobody here can run on a card, on small models."""
+    command = [
+        sys.executable,
+        str(HERE / "run.py"),
+        str(library),
+        str(ROOT / "benchmarks" / "gpu.py"),
+        "--small",
+    ]
+    run = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    assert run.returncode == 0, [line for line in lines if not line["ok"]] or run.stderr[-2000:]
+    sections = [
+        "rates",
+        "parity",
+        "stages",
+        "resume",
+        "fsdp",
+        "lora",
+        "full",
+        "decode",
+        "answers",
+        "compiled",
+    ]
+    assert [line["section"] for line in lines] == sections
+    # This PyTorch has no NCCL, and pumice-tiny may not be at hand.
+    assert {line["section"] for line in lines if "left out" in line} <= {"fsdp", "answers"}
 
 
 def test_an_old_or_full_gpu_is_refused(result: Result) -> None:
@@ -157,4 +222,6 @@ def test_an_old_or_full_gpu_is_refused(result: Result) -> None:
     assert messages["load"] == f"{old}; leave dtype out, or use torch.float16"
     assert messages["dtype"] == "torch.float16"
     assert messages["sizes"] == [2 * 16 * 256, 2048]  # of 16 slots with 256 tokens each, twice; of a chunk
+    told = "with a KV cache of 1000000000 tokens needs"  # from the shapes; the engine has other words
+    assert told in messages["cache_tokens"] and "give fewer tokens" in messages["cache_tokens"]
     assert "KV cache" in messages["cache"] and "close other programs" in messages["cache"]

@@ -96,6 +96,7 @@ def load(
         base=base,
         mmproj=mmproj,
         cache_limit=cache_limit,
+        cache_tokens=cache_tokens,
     )
     return Assistant(
         opened.model,

@@ -27,7 +27,7 @@ EACH = KVCache.bytes_per_token(MODEL.config.decoder, torch.float32)
 def free(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The free memory, in tokens of the cache; the last one counts."""
     amounts = [1e9]
-    monkeypatch.setattr(sizes, "available_memory", lambda: amounts[-1] * EACH)
+    monkeypatch.setattr(sizes, "free_on", lambda _: amounts[-1] * EACH)
     monkeypatch.setattr(sizes, "_own_memory", lambda default: default)
     return amounts
 

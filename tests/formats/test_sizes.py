@@ -42,7 +42,7 @@ def test_what_cannot_fit_is_refused_before_it_is_read(
     needed = {kind: least_memory(loaded, kind, CPU, torch.float32) for kind in (None, "int8", "int4")}
     assert needed[None] > needed["int8"] > needed["int4"]
     # 1. Fewer bits would fit: they are named.
-    monkeypatch.setattr(sizes, "available_memory", lambda: needed["int8"])
+    monkeypatch.setattr(sizes, "free_on", lambda _: needed["int8"])
     check_memory(loaded, "m", "int8", CPU, torch.float32)
     message = (
         r"'m' without quantisation needs .* GB of memory are free; use --quantize int8, .* or --quantize int4"
@@ -50,10 +50,10 @@ def test_what_cannot_fit_is_refused_before_it_is_read(
     with pytest.raises(InputError, match=message):
         check_memory(loaded, "m", None, CPU, torch.float32)
     # 2. Nothing would.
-    monkeypatch.setattr(sizes, "available_memory", lambda: 1e6)
+    monkeypatch.setattr(sizes, "free_on", lambda _: 1e6)
     with pytest.raises(InputError, match=r"'m' in int4 needs .*; close other programs, or use a smaller"):
         check_memory(loaded, "m", "int4", CPU, torch.float32)
     with pytest.raises(InputError, match="without quantisation needs"):
         open_model(tiny_folder)
-    monkeypatch.setattr(sizes, "available_memory", lambda: None)
+    monkeypatch.setattr(sizes, "free_on", lambda _: None)
     check_memory(loaded, "m", None, CPU, torch.float32)

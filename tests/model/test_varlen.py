@@ -14,6 +14,8 @@ def test_the_kernel_needs_a_recent_gpu_16_bits_a_narrow_head_and_its_arguments(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     arguments = frozenset({"window_size", "enable_gqa", "seqused_k", "block_table"})
+    built = "torch.backends.cuda.is_flash_attention_available"
+    monkeypatch.setattr(built, lambda: True)
     monkeypatch.setattr(varlen, "is_recent", lambda device: True)
     monkeypatch.setattr(varlen, "_function", lambda: (print, arguments))
     assert varlen.can_attend(CUDA, torch.bfloat16, 128, paged=True)
@@ -28,5 +30,8 @@ def test_the_kernel_needs_a_recent_gpu_16_bits_a_narrow_head_and_its_arguments(
     monkeypatch.setattr(varlen, "_function", lambda: (print, frozenset({"is_causal"})))
     assert not varlen.can_attend(CUDA, torch.bfloat16, 128)
     monkeypatch.setattr(varlen, "_function", lambda: (print, arguments))
+    monkeypatch.setattr(built, lambda: False)
+    assert not varlen.can_attend(CUDA, torch.bfloat16, 128)
+    monkeypatch.setattr(built, lambda: True)
     monkeypatch.setattr(varlen, "is_recent", lambda device: False)
     assert not varlen.can_attend(CUDA, torch.bfloat16, 128)

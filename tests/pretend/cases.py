@@ -6,8 +6,10 @@ Run by run.py: cases.py FOLDER NAME ... writes FOLDER/NAME.json for each case, o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import json
+import os
 import sys
 import traceback
 from collections import Counter
@@ -19,6 +21,7 @@ from unittest.mock import patch
 import architectures
 import cuda
 import torch
+import torch.nn.functional as F
 from workshop import STAGES, Workshop
 
 from pumice.assistant import load
@@ -28,11 +31,15 @@ from pumice.engine.requests import Prompt
 from pumice.engine.sampling import SamplingParams
 from pumice.kernels import compute
 from pumice.model.packed import Run
+from pumice.model.varlen import is_recent
 from pumice.train import checkpoint, devices, loop
 from pumice.train.objective import PackTensors
 from pumice.train.setup import prepare
 
 devices.TIMED_SIZE["cuda"] = 64
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = (
+    ":4096:8"  # these cases share a process, in which some are deterministic
+)
 
 
 def stage(name: str) -> Callable[[Workshop], dict[str, Any]]:
@@ -143,14 +150,39 @@ def answers(workshop: Workshop) -> dict[str, Any]:
     return results
 
 
+@patch.object(compute, "compiled", lambda name: (None, ""))
+@patch.object(native, "compiled", lambda name: (None, ""))
+def quantised(workshop: Workshop) -> dict[str, Any]:
+    """A model that is opened in few bits: its bytes, what moved to the device for them, and its logits."""
+    results: dict[str, Any] = {}
+    image, path = architectures.picture(60, 60), workshop.model(width=64)
+    for bits in ("int8", "int4"):
+        for device in ("cpu", "cuda"):
+            cuda.moved_bytes[0] = 0
+            one = load(path, device=device, quantize=bits, dtype=torch.float32, cache_tokens=512)
+            found = {"bytes": one.model.sizes()[0], "moved": cuda.moved_bytes[0]}
+            found["devices"] = sorted(
+                {str(t.device) for t in [*one.model.parameters(), *one.model.buffers()]}
+            )
+            results[f"{bits} {device}"] = found | {
+                "logits": one.logits(image, "What?").cpu().flatten().tolist()
+            }
+    default = load(path, device="cuda", quantize="int8", cache_tokens=512)
+    decoder = default.model.decoder
+    tied = decoder.head.data.data_ptr() == decoder.embed.data.data_ptr()
+    return results | {"dtypes": [str(decoder.dtype), str(decoder.embed.dtype)], "tied": tied}
+
+
 class Capture:
     """Stands for CUDA graphs, which need a GPU: runs a step again where a graph is replayed."""
 
     def __init__(self, add: float = 0.0) -> None:
         """add: to the logits of a replay, as of a graph that is wrong."""
         self.add, self.captured, self.replays = add, list[int](), 0
+        self.devices: set[int] = set()
 
     def __call__(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+        self.devices.add(cuda.current[0])
         out = run()
         self.captured.append(len(out))
 
@@ -180,6 +212,7 @@ def decode(workshop: Workshop) -> dict[str, Any]:
                 ids, new = torch.arange(3 + 5 * number) % 200 + 1, 8 - number % 3
                 params = SamplingParams(max_new_tokens=new, temperature=0.7 * (number % 2), top_p=0.9, seed=1)
                 engine.submit(Prompt(ids, params=params), lambda delta, to=tokens: to.extend(delta.tokens))
+            cuda.current[0] = 1  # of a thread that knows nothing of the model
             for _ in range(6):
                 engine.step()
             with cuda.watch() as seen:
@@ -187,16 +220,97 @@ def decode(workshop: Workshop) -> dict[str, Any]:
             calls, counted = len(cuda.attention), Counter(seen)
             while engine.step():
                 pass
+            cuda.current[0] = 0
             results[f"{name} {kind}"] = {
                 "texts": texts, "calls": calls, "waits": [[*map(str, w), n] for w, n in counted.items()],
-                "captured": capture.captured, "replays": capture.replays, "steps": engine.stats().steps,
+                "devices": [*capture.devices], "captured": capture.captured, "replays": capture.replays,
+                "steps": engine.stats().steps,
             }  # fmt: skip
     return results
+
+
+class Even:
+    """A constraint: even tokens."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.mask = torch.arange(vocabulary) % 2 == 0
+
+    def allowed(self) -> torch.Tensor:
+        return self.mask
+
+    def accept(self, token: int) -> None:
+        assert token % 2 == 0
+
+
+def choosing(workshop: Workshop) -> dict[str, Any]:
+    """Answers under penalties and constraints, and how often a step of the engine waits for them."""
+    results: dict[str, Any] = {}
+    for device in ("cpu", "cuda"):
+        model = prepare(workshop.recipe("choosing", device)).model.eval()
+        engine = Engine(model, slots=4, cache_tokens=512)
+        texts: list[list[int]] = [[] for _ in range(4)]
+        for number, tokens in enumerate(texts):
+            params = SamplingParams(
+                max_new_tokens=6, repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.2,
+                temperature=0.7 * (number % 2), seed=number,
+            )  # fmt: skip
+            even = functools.partial(Even, model.config.decoder.vocab_size)
+            prompt = Prompt(torch.arange(3 + number), params=params, constraint=even)
+            engine.submit(prompt, lambda delta, to=tokens: to.extend(delta.tokens))
+        engine.step()
+        with cuda.watch() as seen:
+            engine.step()
+        results[device] = {"waits": [[*map(str, where), count] for where, count in seen.items()]}
+        while engine.step():
+            pass
+        results[device]["texts"] = texts
+    return results
+
+
+def full_gpu(workshop: Workshop) -> dict[str, Any]:
+    """Training with sample answers where the driver has no free memory: PyTorch keeps what was freed."""
+    with patch.object(cuda, "free_bytes", [10**3]), patch.object(cuda, "kept_bytes", [10**9]):
+        events = workshop.stage("full", "cuda", measure_rows=2)
+    return {"answers": sum("answer" in event for event in events)}
+
+
+def no_flash(workshop: Workshop) -> dict[str, Any]:
+    """Calls of the variable-length kernel with a PyTorch that was built without it."""
+    trainer = workshop.trainer("no-flash", "cuda", precision="bf16")
+    [pack, *_] = trainer._prepare_step(0).packs
+    with patch.object(cuda, "flash_attention", [False]), cuda.watch():
+        trainer.objective(pack).backward()
+        engine = Engine(trainer.model.bfloat16(), cache_tokens=512, one_call=True)
+    return {"calls": len(cuda.attention), "one call": engine._cache.one_call}
+
+
+def shared_heads(workshop: Workshop) -> dict[str, Any]:
+    """Calls of PyTorch's attention on the device, with fewer key heads than query heads, or as many."""
+    attend, calls = F.scaled_dot_product_attention, Counter[str]()
+
+    def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        calls["equal" if q.shape[1] == k.shape[1] else "fewer"] += q.is_cuda
+        return attend(q, k, v, **options)
+
+    with patch.object(F, "scaled_dot_product_attention", watched):
+        workshop.stage("full", "cuda", measure_rows=2, model=str(workshop.model(kv_heads=2)))
+    return {"equal": calls["equal"], "fewer": calls["fewer"]}
+
+
+def late(workshop: Workshop) -> dict[str, Any]:
+    """A deterministic run in a process that has multiplied before, when cuBLAS was not told of it."""
+    with patch.object(cuda, "cublas_setting", [None]):
+        try:
+            workshop.train("late", "cuda", deterministic=True)
+        except ValueError as error:
+            return {"message": str(error)}
+    return {"message": "not refused"}
 
 
 def old_gpu(workshop: Workshop) -> dict[str, Any]:
     """What a GPU before Ampere, and one with little memory, refuse before anything is loaded."""
     cuda.properties.major, cuda.properties.minor, cuda.properties.name = 7, 5, "Tesla T4"
+    is_recent.cache_clear()  # earlier cases asked, of another GPU
     messages: dict[str, Any] = {}
 
     def refused(name: str, run: Callable[[], Any]) -> None:
@@ -209,6 +323,7 @@ def old_gpu(workshop: Workshop) -> dict[str, Any]:
     refused("recipe", lambda: workshop.train("old", "cuda", precision="bf16"))
     refused("load", lambda: load(path, device="cuda", quantize=None, dtype=torch.bfloat16))
     messages["dtype"] = str(load(path, device="cuda", quantize=None).model.dtype)
+    refused("cache_tokens", lambda: load(path, device="cuda", quantize=None, cache_tokens=10**9))
     model = prepare(workshop.recipe("small", "cuda")).model
     engine = Engine(model)
     messages["sizes"] = [engine.cache_tokens, engine._scheduler.chunk]
@@ -238,7 +353,8 @@ def dummy(workshop: Workshop) -> dict[str, Any]:
 CASES: dict[str, Callable[[Workshop], dict[str, Any]]] = {
     **{f"stage-{name}": stage(name) for name in STAGES},
     "resume": resume, "precision": precision, "attention": attention_calls, "waits": waits,
-    "answers": answers, "decode": decode, "dummy": dummy, "old_gpu": old_gpu,
+    "answers": answers, "decode": decode, "choosing": choosing, "full_gpu": full_gpu, "quantised": quantised,
+    "no_flash": no_flash, "shared_heads": shared_heads, "late": late, "dummy": dummy, "old_gpu": old_gpu,
 }  # fmt: skip
 
 

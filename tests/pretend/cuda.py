@@ -9,6 +9,7 @@ real kernels, TF32, nondeterminism, memory, NCCL or races between streams.
 from __future__ import annotations
 
 import contextlib
+import os
 import traceback
 from collections import Counter
 from collections.abc import Iterator
@@ -24,12 +25,18 @@ to_cuda, to_cpu = torch.ops.pretend.to_cuda, torch.ops.pretend.to_cpu
 generator = torch.Generator().manual_seed(0)  # the device's
 properties = SimpleNamespace(name="NVIDIA A100-SXM4-80GB", total_memory=80 * 10**9, major=8, minor=0)
 free_bytes = [70 * 10**9]
+kept_bytes = [0]  # that PyTorch keeps of freed tensors; the driver does not count them as free
+flash_attention = [True]  # whether this PyTorch was built with it
+current = [0]  # the GPU that the thread has chosen
 
+cublas_setting: list[str | None] = []  # once there was a product
+moved_bytes = [0]  # from the host to the device
 waits: Counter[tuple[str, str]] = Counter()  # (operation, file:line) -> times that the host waits
 attention: list[tuple[int, int]] = []  # (queries, sequences) of each call of the variable-length kernel
 _watching = [False]
 
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot"}  # by cuBLAS
 # These take indices of the host.
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 
@@ -82,6 +89,8 @@ def _fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
     )
     if name in WAITING or by_mask:
         _wait(name)
+    if name in PRODUCTS:
+        _check_cublas()
 
     # 2. The same arguments on the host. `out` arguments that are empty are grown and given back below.
     def host(x: Any) -> Any:
@@ -131,6 +140,14 @@ def _fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
     return results if len(results) > 1 else results[0]
 
 
+def _check_cublas() -> None:
+    """Refuse what cuBLAS refuses. It reads its setting before the first product (ATen/Context.cpp)."""
+    if not cublas_setting:
+        cublas_setting.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+    if torch.are_deterministic_algorithms_enabled() and cublas_setting[0] not in (":4096:8", ":16:8"):
+        raise RuntimeError("this operation is not deterministic because it uses CuBLAS and CUDA >= 10.2")
+
+
 @contextlib.contextmanager
 def _device_generator() -> Iterator[None]:
     host_state = torch.random.default_generator.get_state()
@@ -145,8 +162,10 @@ def _device_generator() -> Iterator[None]:
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if _on(source, "cuda") and not _on(target, "cuda"):
         _wait("copy to the host")
-    elif not _on(source, "cuda") and not (source.is_pinned() and non_blocking):
-        _wait("copy from pageable memory" if not source.is_pinned() else "blocking copy")
+    elif not _on(source, "cuda"):
+        moved_bytes[0] += target.nbytes
+        if not (source.is_pinned() and non_blocking):
+            _wait("copy from pageable memory" if not source.is_pinned() else "blocking copy")
     torch.ops.aten.copy_.default(*(to_cpu(x) if _on(x, "cuda") else x for x in (target, source)))
     return target
 
@@ -236,6 +255,8 @@ def _flash_forward(
     **_: Any,
 ) -> tuple[Tensor, ...]:
     """FlashAttention's kernel for sequences of different lengths, as it is documented."""
+    if not flash_attention[0]:
+        raise RuntimeError("USE_FLASH_ATTENTION was not enabled for build.")
     if q.dtype not in (torch.float16, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
         raise RuntimeError(f"FlashAttention only support fp16 and bf16, got {q.dtype}, {k.dtype}, {v.dtype}")
     if block_table is not None and k.shape[1] % 256:
@@ -308,6 +329,18 @@ for _name, _function in {
 }.items():
     _aten.impl(_name, _function, "CUDA")
 
+
+def _exchange_device(device: int) -> int:
+    before = current[0]
+    if device >= 0:
+        current[0] = device
+    return before
+
+
+def _maybe_exchange_device(device: int) -> int:  # another function: the compiler has a handler for each
+    return _exchange_device(device)
+
+
 # torch.cuda, as far as Pumice and PyTorch's own Python ask it.
 torch._C._set_only_lift_cpu_tensors(False)
 torch._C._cuda_getCurrentRawStream = lambda device=0: 0
@@ -319,8 +352,6 @@ for _name, _value in {
     "device_count": 1,
     "current_device": 0,
     "set_device": None,
-    "_exchange_device": 0,
-    "_maybe_exchange_device": 0,
     "get_device_properties": properties,
     "is_bf16_supported": True,
     "_is_in_bad_fork": False,
@@ -329,12 +360,17 @@ for _name, _value in {
     "empty_cache": None,
     "reset_peak_memory_stats": None,
     "max_memory_allocated": 0,
+    "memory_allocated": 0,
 }.items():
     setattr(torch.cuda, _name, lambda *_, value=_value, **__: value)
 torch.cuda._initialized = True
 torch.cuda.get_device_name = lambda device=None: properties.name
 torch.cuda.get_device_capability = lambda device=None: (properties.major, properties.minor)
 torch.cuda.mem_get_info = lambda device=None: (free_bytes[0], properties.total_memory)
+torch.cuda._exchange_device = _exchange_device
+torch.cuda._maybe_exchange_device = _maybe_exchange_device
+torch.cuda.memory_reserved = lambda device=None: kept_bytes[0]
+torch.backends.cuda.is_flash_attention_available = lambda: flash_attention[0]
 torch.cuda.get_rng_state = lambda device=None: generator.get_state()
 torch.cuda.set_rng_state = lambda state, device=None: generator.set_state(state)
 torch.cuda.manual_seed = torch.cuda.manual_seed_all = generator.manual_seed

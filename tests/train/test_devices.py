@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from pumice.errors import WorkError
 from pumice.train.devices import PACK_TOKENS, for_device, numerics, peak
-from pumice.train.recipe import Recipe
+from pumice.train.loop import Trainer, train
+from pumice.train.objective import Objective
+from pumice.train.recipe import Recipe, load_recipe
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -37,3 +43,22 @@ def test_a_cpu_keeps_the_numerics_of_the_process() -> None:
     with numerics(recipe(deterministic=True, precision="tf32"), torch.device("cpu")):
         assert not torch.are_deterministic_algorithms_enabled()
         assert torch.get_float32_matmul_precision() == "highest"
+
+
+class Full(Objective):
+    """An objective for which the memory of a GPU does not suffice."""
+
+    def loss(self, *_: Any) -> torch.Tensor:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+class FullTrainer(Trainer):
+    objective_class = Full
+
+
+def test_a_full_gpu_is_told_in_words(make_recipe: Callable[..., Path]) -> None:
+    said = "the GPU's memory does not suffice for packs of 64 tokens; set checkpointing: full to"
+    with pytest.raises(WorkError, match=said):
+        train(load_recipe(make_recipe(pack_tokens=64)), FullTrainer)
+    with pytest.raises(WorkError, match="64 tokens; start again with pack_tokens: 32 in another"):
+        train(load_recipe(make_recipe(pack_tokens=64, checkpointing="full")), FullTrainer)

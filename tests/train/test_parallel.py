@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,3 +85,26 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(InputError, match=r"4 processes on this machine and 2 GPUs; .* --nproc-per-node 2"):
         World.join(recipe())
+
+
+def test_one_gpu_for_all_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(InputError, match="device: cuda:1 is one GPU, torchrun started 4 processes"):
+        World.join(recipe(device="cuda:1"))
+
+
+def test_a_process_that_fails_does_not_wait_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL ends a group with all its members, and they wait in a step for the one that fails."""
+    calls: list[str] = []
+    group = SimpleNamespace(WORLD=SimpleNamespace(abort=lambda: calls.append("abort")))
+    monkeypatch.setattr(torch.distributed, "group", group)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append("destroy"))
+    with pytest.raises(InputError), World(0, 2):
+        raise InputError("a bad row")
+    assert calls == ["abort"]
+    with World(0, 2):
+        pass
+    assert calls == ["abort", "destroy"]

@@ -299,9 +299,9 @@ def _messages(values: Record) -> list[Any] | None:
         return None
     if not isinstance(messages, list) or not messages:
         raise InputError(f"'messages' must be a list of messages, found {kind(messages)}")
-    roles = [str(message.get("role")) for message in messages if isinstance(message, dict)]
-    if "assistant" not in roles and not {*roles} <= _ROLES:
-        listed = ", ".join(map(repr, dict.fromkeys(roles)))
+    said = [str(message.get("role")) for message in messages if isinstance(message, dict)]
+    if "assistant" not in said and not {*said} <= _ROLES:
+        listed = ", ".join(map(repr, dict.fromkeys(said)))
         raise InputError(
             f"no message is from 'assistant' (they are from {listed}), so there is nothing to learn; roles "
             "are written 'user' and 'assistant'"

@@ -94,7 +94,8 @@ class DecodeGraphs:
 
         expected = run()
         try:
-            replay, logits = capture(run)
+            with torch.cuda.device(ids.device):  # a server's thread is on the first GPU, the model may not be
+                replay, logits = capture(run)
             replay()
         except RuntimeError as error:  # an operation that a graph cannot hold
             _LOG.warning("CUDA graphs are not possible here (%s); steps run without", error)

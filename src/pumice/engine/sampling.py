@@ -181,13 +181,13 @@ def _restrict(
     rows = zip(params, histories, allowed, prompt_lengths, strict=True)
     for row, (one, history, mask, prompt_length) in enumerate(rows):
         if mask is not None:
-            logits[row].masked_fill_(~mask.to(logits.device), float("-inf"))
+            logits[row].masked_fill_(to_device(~mask, logits.device), float("-inf"))
         if one.repetition_penalty != 1:
             penalise(logits[row], one.repetition_penalty, history)
         if one.frequency_penalty or one.presence_penalty:
             ids, counts = np.unique(history[prompt_length:], return_counts=True)
             lower = one.presence_penalty + one.frequency_penalty * torch.from_numpy(counts)
-            logits[row, torch.from_numpy(ids).to(logits.device)] -= lower.to(logits)
+            logits[row, to_device(torch.from_numpy(ids), logits.device)] -= to_device(lower, logits.device)
     return logits
 
 
@@ -199,7 +199,7 @@ def _changes(params: SamplingParams, mask: Tensor | None) -> bool:
 
 def penalise(logits: Tensor, penalty: float, history: np.ndarray) -> None:
     """Lower the logits (V,) of earlier tokens in place: divide positive ones, multiply negative ones."""
-    ids = torch.from_numpy(history[history >= 0]).to(logits.device)
+    ids = to_device(torch.from_numpy(history[history >= 0]), logits.device)
     values = logits[ids]
     # A token that occurs twice is written twice with the same number.
     logits[ids] = torch.where(values > 0, values / penalty, values * penalty)

@@ -10,7 +10,7 @@ import torch
 from pumice.errors import InputError
 from pumice.model.cache import KVCache
 from pumice.model.llava import Llava
-from pumice.storage.memory import GB, available_memory
+from pumice.storage.memory import GB, available_memory, free_on
 
 # Of an engine for one user; more if one context needs more, and at most half of the free memory.
 CACHE_BYTES = 1 << 30
@@ -38,10 +38,10 @@ def chunk_size(device: torch.device) -> int:
 
 def free_memory(model: Llava) -> float | None:
     """Return the bytes that are free beside the model's weights on its device; None if unknown."""
-    if model.device.type == "cuda":
-        return float(torch.cuda.mem_get_info(model.device)[0])
-    free = available_memory()
-    return None if free is None else max(0.0, free - mapped_bytes(model))
+    free = free_on(model.device)
+    if free is None or model.device.type == "cuda":
+        return free
+    return max(0.0, free - mapped_bytes(model))
 
 
 def mapped_bytes(model: Llava) -> float:

@@ -69,6 +69,7 @@ def open_model(
     base: str | None = None,
     mmproj: str | PathLike[str] | None = None,
     cache_limit: float | None = None,
+    cache_tokens: int | None = None,
 ) -> Opened:
     """Open a model in evaluation mode; no parameter requires a gradient.
 
@@ -78,12 +79,13 @@ def open_model(
     matrices, with adapters merged, and on a CPU that multiplies integers fast those of a ViT's MLPs to 8
     bits. "auto" does so on a CPU with compiled code: to int8, or as they are
     stored. cache_limit: the GB that converted GGUF files may take in the cache, $PUMICE_CACHE_LIMIT if None.
-    One matrix at a time is read and quantised. Those that are stored quantised stay as they are; on a CPU
-    their files are mapped. Assumptions are logged. Raises InputError if a part is missing, extra, misshapen
-    or cannot be downloaded.
+    cache_tokens: of the KV cache that the model gets on a GPU; None: it is as large as fits. One matrix at a
+    time is read and quantised, by the CPU. Those that are stored quantised stay as they are; on a CPU their
+    files are mapped. Assumptions are logged. Raises InputError if a part is missing, extra, misshapen or
+    cannot be downloaded, or where memory does not suffice.
     """
     loaded = read_model(source, template=template, tower=tower, base=base, mmproj=mmproj)
-    return build(loaded, str(source), torch.device(device), dtype, merge, quantize, cache_limit)
+    return build(loaded, str(source), torch.device(device), dtype, merge, quantize, cache_limit, cache_tokens)
 
 
 def build(
@@ -94,6 +96,7 @@ def build(
     merge: bool,
     quantize: str | None = None,
     cache_limit: float | None = None,
+    cache_tokens: int | None = None,
 ) -> Opened:
     """Build a model from its parts, as `open_model` does. label: names it in errors."""
     for note in loaded.notes:
@@ -106,8 +109,8 @@ def build(
             "int8" if target.type == "cpu" and worthwhile and can_quantize(loaded.config.decoder) else None
         )
     if quantize is not None:
-        return _open_quantized(loaded, label, quantize, target, dtype, cache_limit)
-    check_memory(loaded, label, quantize, target, dtype)
+        return _open_quantized(loaded, label, quantize, target, dtype, cache_limit, cache_tokens)
+    check_memory(loaded, label, quantize, target, dtype, cache_tokens)
     return _build(loaded, label, target, dtype, merge)
 
 
@@ -171,7 +174,14 @@ def _drawn(config: ModelConfig) -> LazyStateDict:
     return {f"connector.{name}": as_lazy(tensor) for name, tensor in new.state_dict().items()}
 
 
+def _follow_products(device: torch.device, dtype: torch.dtype) -> None:
+    """Let cuDNN round fp32 to TF32 only where matrix products do. It does so unless it is told not to."""
+    if device.type == "cuda" and dtype == torch.float32:
+        torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
+
+
 def _build(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.dtype, merge: bool) -> Opened:
+    _follow_products(device, dtype)
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     model = _empty_model(loaded.config)
     check(loaded.state, _shapes(model), label)
@@ -189,8 +199,10 @@ def _open_quantized(
     device: torch.device,
     dtype: torch.dtype,
     cache_limit: float | None,
+    cache_tokens: int | None,
 ) -> Opened:
     """dtype: of activations, norms and biases, where the device is not a CPU; there they are fp32."""
+    _follow_products(device, dtype)
     dtype = torch.float32 if device.type == "cpu" else dtype
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     check(loaded.state, shapes(loaded.config), label)
@@ -208,7 +220,7 @@ def _open_quantized(
         state = cached(key, state, limit, "" if built_in else label)
     # Weights that are mapped now need no memory of their own.
     merged = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, lora=None), state=state)
-    check_memory(merged, label, bits, device, dtype)
+    check_memory(merged, label, bits, device, dtype, cache_tokens)
     model = _empty_model(dataclasses.replace(loaded.config, lora=None))
 
     def packed(name: str, _: torch.Tensor) -> PackedMatrix:

@@ -16,7 +16,7 @@ from pumice.model.llava import Llava
 from pumice.model.quantized import KINDS
 from pumice.model.quantized_vision import quantized_shapes
 from pumice.model.vision import WideningLinear
-from pumice.storage.memory import GB, available_memory
+from pumice.storage.memory import GB, free_on
 from pumice.storage.parts import LoadedParts
 
 PROCESS_BYTES = 350e6  # Python, PyTorch and the buffers of a step, measured on a CPU
@@ -71,11 +71,20 @@ def cache_dtype(quantize: str | None, device: torch.device, dtype: torch.dtype) 
 
 
 def least_memory(
-    loaded: LoadedParts, quantize: str | None, device: torch.device, dtype: torch.dtype
+    loaded: LoadedParts,
+    quantize: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_tokens: int | None = None,
 ) -> float:
-    """Return the bytes with which a short question about a picture can be answered."""
+    """Return the bytes with which a short question about a picture can be answered.
+
+    cache_tokens: as in `check_memory`.
+    """
     config = loaded.config.decoder
     tokens = min(SHORT_PROMPT, config.context)
+    if cache_tokens is not None and device.type == "cuda":
+        tokens = cache_tokens
     cache = tokens * KVCache.bytes_per_token(config, cache_dtype(quantize, device, dtype))
     process = PROCESS_BYTES if device.type == "cpu" else 0
     # Only a CPU computes with the pages of a file.
@@ -83,24 +92,27 @@ def least_memory(
     return sum(weights.values()) + cache + process
 
 
-def free_memory(device: torch.device) -> float | None:
-    """Return the bytes that are free on a device; None if unknown."""
-    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_memory()
-
-
 def check_memory(
-    loaded: LoadedParts, label: str, quantize: str | None, device: torch.device, dtype: torch.dtype
+    loaded: LoadedParts,
+    label: str,
+    quantize: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_tokens: int | None = None,
 ) -> None:
-    """Raise InputError if the model cannot be opened in the memory that is free; it names what could."""
-    free = free_memory(device)
-    needed = least_memory(loaded, quantize, device, dtype)
+    """Raise InputError if the model cannot be opened in the memory that is free; it names what could.
+
+    cache_tokens: of a KV cache whose size is given. A GPU's memory for it is taken at the start.
+    """
+    free = free_on(device)
+    needed = least_memory(loaded, quantize, device, dtype, cache_tokens)
     if free is None or needed <= free:
         return
     smaller = [
         (kind, size)
         for kind in KINDS
         if kind != quantize and can_quantize(loaded.config.decoder)
-        if (size := least_memory(loaded, kind, device, dtype)) <= free
+        if (size := least_memory(loaded, kind, device, dtype, cache_tokens)) <= free
     ]
     remedy = "close other programs, or use a smaller model"
     if smaller:
@@ -108,6 +120,8 @@ def check_memory(
     kind = "without quantisation" if quantize is None else f"in {quantize}"
     if quantize is not None and kept_below(loaded.state, quantize):
         kind = "as it is stored"
+    if cache_tokens is not None and device.type == "cuda":
+        kind, remedy = f"{kind} with a KV cache of {cache_tokens} tokens", f"give fewer tokens, {remedy}"
     raise InputError(f"'{label}' {kind} needs {_gb(needed)} and {_gb(free)} of memory are free; {remedy}")
 
 

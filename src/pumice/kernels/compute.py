@@ -124,10 +124,9 @@ def quantize(weight: Tensor, kind: BlockFormat, name: str = "a matrix") -> Packe
     """
     outputs, inputs = weight.shape
     check_rows(name, inputs, kind)
-    code = library() if weight.device.type == "cpu" else None
-    weight = weight.detach().contiguous()
+    code, weight = library(), weight.detach().cpu().contiguous()
     if code is None or weight.dtype not in _DTYPE_CODES:
-        return _quantize_in_pytorch(weight.cpu(), kind, name)
+        return _quantize_in_pytorch(weight, kind, name)
     data = torch.zeros(packed_size(kind, outputs, inputs), dtype=torch.uint8)
     bad_row = code.pumice_quantize(
         kind.code, _DTYPE_CODES[weight.dtype], ctypes.c_int64(outputs), ctypes.c_int64(inputs),

@@ -264,7 +264,7 @@ def can_use_one_call(config: DecoderConfig, device: torch.device, dtype: torch.d
         expected = plain.attend(segments)(0, q, k, v)
         try:
             found = plain._attend_at_once(segments)(0, q, k, v)
-        except RuntimeError as error:  # the kernel of another PyTorch may ask for more
+        except (RuntimeError, TypeError, ValueError) as error:  # another PyTorch may ask for more
             _LOG.warning(
                 "attention in one call is not possible here (%s); sequences attend one by one", error
             )

@@ -56,6 +56,11 @@ def sdpa(
         grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
     shared = q.shape[1] != k.shape[1]
+    if shared and q.device.type == "cuda":
+        # Of PyTorch's kernels, FlashAttention's alone takes shared heads, and it takes neither a mask nor
+        # fp32: then all scores would lie in memory at once (sdp_utils.cpp).
+        groups = q.shape[1] // k.shape[1]
+        k, v, shared = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), False
     # On a CPU, attention in fp32 is twice as fast as in bf16.
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         mixed = F.scaled_dot_product_attention(

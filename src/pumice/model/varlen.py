@@ -1,7 +1,7 @@
 """Attention over sequences of different lengths in one call: FlashAttention's kernel, as PyTorch brings it.
 
-It needs CUDA, a GPU since Ampere, 16 bits, and a PyTorch whose function has the arguments used here. Where
-one of these is missing, the caller attends sequence by sequence.
+It needs CUDA, a GPU since Ampere, 16 bits, and a PyTorch that has the kernel and the arguments used here.
+Where one of these is missing, the caller attends sequence by sequence.
 
 Shapes: T tokens of all sequences, H heads, K key/value heads, d head dimension, N sequences.
 """
@@ -48,6 +48,7 @@ def can_attend(device: torch.device, dtype: torch.dtype, head_dim: int, *, paged
         and head_dim % 8 == 0
         and head_dim <= WIDEST_HEAD
         and needed <= _function()[1]
+        and torch.backends.cuda.is_flash_attention_available()  # PyTorch may be built without it
         and is_recent(device)
     )
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 GB = 1e9
 
@@ -68,6 +72,19 @@ def _address_limit() -> int | None:
 def available_memory() -> float | None:
     """Return the bytes that a new process could use; None where the system does not report them."""
     return ram()[1]
+
+
+def free_on(device: torch.device) -> float | None:
+    """Return the bytes that this process could use on a device; None where the system does not report them.
+
+    PyTorch keeps a GPU's memory that was freed for its next tensors: the driver does not count it as free.
+    """
+    if device.type != "cuda":
+        return available_memory()
+    import torch
+
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(torch.cuda.mem_get_info(device)[0] + kept)
 
 
 def _text(path: Path) -> str:

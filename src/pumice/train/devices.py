@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from pumice.errors import InputError
+from pumice.errors import InputError, WorkError
 from pumice.storage.memory import available_memory
 from pumice.storage.yaml_file import read_yaml
 from pumice.train.recipe import Recipe
@@ -70,11 +70,39 @@ def numerics(recipe: Recipe, device: torch.device) -> Iterator[None]:
         if recipe.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
             torch.use_deterministic_algorithms(True)
+            _check_cublas(device)
         yield
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
         torch.use_deterministic_algorithms(before[2])
+
+
+@contextlib.contextmanager
+def enough_memory(recipe: Recipe) -> Iterator[None]:
+    """Raise WorkError, which says what helps, where the memory of a GPU does not suffice for a run."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        kept = "" if recipe.checkpointing == "full" else "set checkpointing: full to continue, or "
+        raise WorkError(
+            f"{recipe.name}: the GPU's memory does not suffice for packs of {recipe.pack_tokens} tokens; "
+            f"{kept}start again with pack_tokens: {recipe.pack_tokens // 2} in another output folder "
+            "(`pumice plan` shows what fits)"
+        ) from error
+
+
+def _check_cublas(device: torch.device) -> None:
+    """Raise InputError where cuBLAS was set up before it was told to be deterministic: it asks only once."""
+    try:
+        torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise InputError(
+            "deterministic: true comes too late, because this process multiplied on the GPU before; start a "
+            "new process, or set CUBLAS_WORKSPACE_CONFIG=:4096:8 before the first product"
+        ) from error
 
 
 def find_gpu(name: str) -> str:

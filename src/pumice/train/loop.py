@@ -33,7 +33,7 @@ from pumice.stopping import at_signal
 from pumice.train import checkpoint as checkpoints
 from pumice.train.answers import answer
 from pumice.train.batches import Batch, Batches, prefetch
-from pumice.train.devices import for_device, numerics, peak
+from pumice.train.devices import enough_memory, for_device, numerics, peak
 from pumice.train.features import ImageInput, TowerFeatures
 from pumice.train.gradients import GradientWatch
 from pumice.train.memory import checkpoint_blocks
@@ -63,8 +63,7 @@ def train(recipe: Recipe, trainer: type[Trainer] | None = None) -> Path:
 
     trainer: a subclass of Trainer, for another objective or schedule.
     """
-    world = World.join(recipe)
-    try:
+    with World.join(recipe) as world:
         check_installed(recipe)
         device = find_device(world.device(recipe))
         recipe = for_device(recipe, device.type)
@@ -73,8 +72,6 @@ def train(recipe: Recipe, trainer: type[Trainer] | None = None) -> Path:
             torch.manual_seed(recipe.seed)
             setup = prepare(recipe, str(device), world.load_on)
             return (trainer or Trainer)(recipe, setup, world).run()
-    finally:
-        world.leave()
 
 
 @dataclass(frozen=True)
@@ -198,7 +195,8 @@ class Trainer:
             if self.world.main:
                 self.setup.save_and_compare(state)
             del state
-            return self._train(folder)
+            with enough_memory(self.recipe):
+                return self._train(folder)
 
     def _resume(self, folder: Path) -> bool:
         """Go on from the newest checkpoint, which is freed again; return whether there is one."""

@@ -51,7 +51,7 @@ class World:
     def join(cls, recipe: Recipe) -> World:
         """Join the processes that torchrun started; without torchrun return a world of one process.
 
-        Raises InputError when this machine has more processes than GPUs.
+        Raises InputError when this machine has more processes than GPUs, or the recipe names one GPU for all.
         """
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
@@ -61,6 +61,11 @@ class World:
         rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
         on_gpu = torch.cuda.is_available() and (recipe.device or "cuda").startswith("cuda")
         if on_gpu:
+            if recipe.device not in (None, "cuda"):
+                raise InputError(
+                    f"{recipe.name}: device: {recipe.device} is one GPU, torchrun started {size} processes; "
+                    "say device: cuda, or leave it out"
+                )
             here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)), torch.cuda.device_count()
             if here > gpus:
                 raise InputError(
@@ -77,11 +82,21 @@ class World:
         """Whether this is the first process, which writes files and talks to people."""
         return self.rank == 0
 
-    def leave(self) -> None:
-        """End the process group."""
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        """End the process group. error: by which this process ends, perhaps alone."""
         if self.size > 1:
             import torch.distributed as dist
 
+            if error is not None and dist.get_backend() == "nccl":
+                # NCCL ends a group only with all its members. They wait in the next step for this process,
+                # whose error would never be told. Abort does not wait, and torchrun ends the others.
+                abort = getattr(dist.group.WORLD, "abort", None)  # since PyTorch 2.7
+                if abort is not None:
+                    abort()
+                return
             if dist.get_backend() == "gloo":
                 # Gloo's thread may still free the last step's tensors, which needs Python's global lock.
                 # DDP holds that lock when it ends the group and waits for the thread: a deadlock, seen once.

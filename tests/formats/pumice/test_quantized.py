@@ -242,7 +242,7 @@ def test_what_is_mapped_needs_no_memory_of_its_own(
         for path in (folder, tiny_folder)
     ]
     assert needed[0] < needed[1]
-    monkeypatch.setattr(sizes, "available_memory", lambda: sum(needed) / 2)
+    monkeypatch.setattr(sizes, "free_on", lambda _: sum(needed) / 2)
     assert open_model(folder, quantize="int8").model is not None
     with pytest.raises(InputError, match=r"in int8 needs .* GB of memory are free"):
         open_model(tiny_folder, quantize="int8")

@@ -116,6 +116,6 @@ def test_times_of_a_busy_machine_are_told_as_such(monkeypatch: pytest.MonkeyPatc
 def test_what_does_not_fit_is_said_and_the_status_is_1(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(asking, "free_memory", lambda device: 1e6)
+    monkeypatch.setattr(asking, "free_on", lambda _: 1e6)
     printed = CliRunner().invoke(app, ["plan", "--ask", str(tiny_folder)])
     assert (printed.exit_code, printed.stdout.count("does not fit")) == (1, 3)

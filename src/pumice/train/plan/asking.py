@@ -30,7 +30,7 @@ from pumice.engine.sampling import SamplingParams
 from pumice.formats.load import find_device, usual_dtype
 from pumice.formats.quantize import can_quantize
 from pumice.formats.read import read_model
-from pumice.formats.sizes import PROCESS_BYTES, cache_dtype, free_memory, weight_sizes
+from pumice.formats.sizes import PROCESS_BYTES, cache_dtype, weight_sizes
 from pumice.kernels.compute import kernel_name
 from pumice.kernels.packed import PackedMatrix, packed_size
 from pumice.model.cache import BLOCK, KVCache
@@ -39,6 +39,7 @@ from pumice.model.quantized import KINDS, kind_of, swap
 from pumice.model.quantized_vision import quantize_vision
 from pumice.model.vision import WideningLinear
 from pumice.processor import Processor
+from pumice.storage.memory import free_on
 from pumice.storage.parts import LoadedParts
 from pumice.tokens import Tokenizer
 
@@ -93,7 +94,7 @@ def plan_ask(source: str, device: str | None = None) -> AskPlan:
     notes = busy_notes()
     loaded = read_model(source)
     place = find_device(device)
-    free = free_memory(place)
+    free = free_on(place)
     with torch.inference_mode():
         # 1. The prompt of a question about a usual picture, and how long tower and connector take for it: as
         #    they are, and as they are beside a quantised language model.
