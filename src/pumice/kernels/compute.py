@@ -78,8 +78,12 @@ def multiplies_fast() -> bool:
 
 
 def can_multiply(x: Tensor) -> bool:
-    """Return whether compiled code multiplies these activations: on a CPU, without a gradient."""
-    return x.device.type == "cpu" and not x.requires_grad and library() is not None
+    """Return whether compiled code multiplies these activations: on a CPU, without a gradient.
+
+    It does not for a fake tensor, such as `pumice plan` has: that has no contents.
+    """
+    is_plain = type(x) is Tensor and x.device.type == "cpu"
+    return is_plain and not x.requires_grad and library() is not None
 
 
 def linear(
