@@ -66,7 +66,7 @@ def attend_tiles(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Let each patch of a tile attend to all patches of its tile, where `can_multiply` (compute.py).
 
     q, k, v: (B, T, C) fp32, for B tiles of T patches, the heads of a patch one after the other. Return
-    (B, T, C). Products are of bfloat16 where the processor multiplies it. Raise MemoryError if C cannot
+    (B, T, C). Products are of bfloat16 where the processor multiplies it. Raise WorkError if C cannot
     allocate its buffers.
     """
     code = library()
@@ -80,5 +80,5 @@ def attend_tiles(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     sizes = (ctypes.c_int64(size) for size in (tiles, patches, heads, width // heads))
     pointers = (ctypes.c_void_p(x.data_ptr()) for x in (q, k, v, y))
     if code.pumice_attend_tiles(*pointers, *sizes, torch.get_num_threads()):
-        raise MemoryError(f"no memory is left for the attention of {patches} patches")
+        raise WorkError(f"no memory is left for the attention of {patches} patches")
     return y

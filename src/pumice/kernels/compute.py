@@ -78,8 +78,11 @@ def multiplies_fast() -> bool:
 
 
 def can_multiply(x: Tensor) -> bool:
-    """Return whether compiled code multiplies these activations: on a CPU, without a gradient."""
-    return x.device.type == "cpu" and not x.requires_grad and library() is not None
+    """Return whether compiled code multiplies these activations: on a CPU, without a gradient.
+
+    They must be a plain tensor: others, such as the fake ones of `pumice plan`, may have no memory to read.
+    """
+    return type(x) is Tensor and x.device.type == "cpu" and not x.requires_grad and library() is not None
 
 
 def linear(
