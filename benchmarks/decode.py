@@ -45,18 +45,21 @@ def pumice(bits: str | None, threads: int) -> Measure:
 
     torch.set_num_threads(threads)
     import pumice as package
+    from pumice.engine.engine import Engine
     from pumice.engine.requests import Prompt
     from pumice.engine.sampling import SamplingParams
 
     assistant = package.load(from_wheel(wheel(NAME)), device="cpu", quantize=bits)
-    object.__setattr__(assistant.model.config, "stop_token_ids", ())  # answers as long as is asked for
+    # Answers as long as is asked for. An engine notes at its start which tokens end them.
+    object.__setattr__(assistant.model.config, "stop_token_ids", ())
+    engine = Engine(assistant.model)
 
     def timed(ids: list[int], count: int) -> list[float]:
         """When the prompt came, and when each token of its answer did."""
         times = [time.perf_counter()]
         asked = Prompt(torch.tensor(ids), params=SamplingParams(max_new_tokens=count))
-        assistant.engine.submit(asked, lambda delta: times.append(time.perf_counter()))
-        while assistant.engine.step():
+        engine.submit(asked, lambda delta: times.append(time.perf_counter()))
+        while engine.step():
             pass
         return times
 

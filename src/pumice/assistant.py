@@ -69,9 +69,10 @@ def load(
     """Open a model to answer questions: a built-in one, a folder, a GGUF file or a name on the hub.
 
     device: None chooses the best one of this machine. quantize: "int8" or "int4" stores the decoder's weights
-    in 8 or 4 bits, None as they are; "auto" chooses 8 bits on a CPU that has a kernel for them. dtype: of the
-    decoder; None gives bf16 on CUDA (fp16 before Ampere) and with quantized weights, fp16 on MPS, and fp32
-    otherwise. template, tower, base, mmproj: what a model from elsewhere does not state or contain, as in
+    in 8 or 4 bits, None as they are; "auto" chooses 8 bits on a CPU that has a kernel for them. On a CPU that
+    multiplies integers fast, a ViT's MLPs then get 8 bits too. dtype: of the decoder; None gives bf16 on CUDA
+    (fp16 before Ampere), fp16 on MPS and fp32 on a CPU, where quantised decoders compute in fp32 whatever it
+    is. template, tower, base, mmproj: what a model from elsewhere does not state or contain, as in
     `pumice.formats.read.read_model`. cache_limit: the GB that converted GGUF files may take in the cache;
     None: as $PUMICE_CACHE_LIMIT says. slots, cache_tokens, chunk, memory_share: the sizes of its
     engine, as in `Engine`. Raises InputError.

@@ -123,6 +123,15 @@ def test_of_equally_likely_tokens_as_many_are_drawn_as_top_p_says(
     assert sorted(set(drawn.tolist())) == list(range(size))
 
 
+def test_of_equally_likely_tokens_a_gpu_takes_the_lower_ids_too() -> None:
+    row, count = torch.tensor([1.0] * 40 + [2.0] * 8).softmax(-1), 1000
+    params = [SamplingParams(temperature=1, top_p=0.6)] * count
+    numbers = torch.linspace(0, 1 - 2**-24, count)
+    drawn = sampling._draw_sorted(row.expand(count, -1), params, numbers)
+    size = int((row.flip(0).cumsum(0) - row.flip(0) < 0.6).sum())
+    assert sorted(set(drawn.tolist())) == [*range(size - 8), *range(40, 48)]
+
+
 @pytest.mark.parametrize("tries", [0, 1, 16])
 @pytest.mark.parametrize(("top_p", "min_p"), [(0.8, 0), (1, 0.3), (0.9, 0.2)])
 def test_draws_from_a_wide_set_follow_its_probabilities(

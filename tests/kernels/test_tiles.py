@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pumice.errors import WorkError
 from pumice.kernels import attention, loader
 from pumice.kernels.attention import attend_tiles
 
@@ -67,3 +69,9 @@ def test_shapes_and_types_that_do_not_fit_are_refused(bound: float) -> None:
             attend_tiles(q, k, other, 2)
     with pytest.raises(ValueError, match="expected three tensors"):
         attend_tiles(q, k, v, 3)
+
+
+def test_without_memory_it_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "library", lambda: SimpleNamespace(pumice_attend_tiles=lambda *_: 1))
+    with pytest.raises(WorkError, match="no memory is left for the attention of 6 patches"):
+        attend_tiles(*random(1, 6, 32), 2)

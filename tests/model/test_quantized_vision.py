@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pumice.config import VisionConfig
 from pumice.errors import WorkError
@@ -140,6 +141,17 @@ def test_attention_in_bfloat16_is_pytorchs(kind: str, monkeypatch: pytest.Monkey
     # Measured worst: 1.10 of PyTorch's error
     print(f"{kind}: {change(result.float(), exact):.2e}, PyTorch {pytorchs:.2e}")
     assert change(result.float(), exact) < 1.25 * pytorchs < 0.02
+
+
+@torch.no_grad()
+def test_a_tower_without_values_is_counted_and_not_computed() -> None:
+    """`pumice plan` runs a GPU's tower in bfloat16 on fake tensors, which compiled code must not read."""
+    tower = random_tower("clip")
+    blocks = tower.blocks[0], quantized(tower).blocks[0]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(2, 50, 96, dtype=torch.bfloat16)
+        for block in blocks:
+            assert block.attention(x).shape == block.mlp(x).shape == x.shape
 
 
 @torch.no_grad()

@@ -169,7 +169,7 @@ def quantised(workshop: Workshop) -> dict[str, Any]:
             }
     default = load(path, device="cuda", quantize="int8", cache_tokens=512)
     decoder = default.model.decoder
-    tied = decoder.head.data.data_ptr() == decoder.embed.data.data_ptr()
+    tied = decoder.config.tied_head and decoder.head is None  # the embedding is the projection, held once
     return results | {"dtypes": [str(decoder.dtype), str(decoder.embed.dtype)], "tied": tied}
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 from pumice.jsonl import print_json
 
 if TYPE_CHECKING:
@@ -86,8 +86,7 @@ def describe_ask(plan: AskPlan, columns: int = 80) -> list[str]:
     columns: of the terminal; what does not fit there side by side stands one below the other.
     """
     free = "memory unknown" if plan.free is None else f"{plan.free / 1e9:.1f} GB free"
-    cores = f"{plan.threads} thread{'' if plan.threads == 1 else 's'}"
-    threads = f", {plan.kernel}, {cores}" if plan.device == "cpu" else ""
+    threads = f", {plan.kernel}, {counted(plan.threads, 'thread')}" if plan.device == "cpu" else ""
     costs = plan.costs
     rows = [("--quantize", [cost.quantize for cost in costs])]
     for part in costs[0].memory:

@@ -302,10 +302,13 @@ def _draw_wide(
 
 
 def _draw_sorted(probabilities: Tensor, params: Sequence[SamplingParams], numbers: Tensor) -> Tensor:
-    """As `_draw`, in one call for all rows: a GPU sorts faster than it tells the host what it found."""
+    """As `_draw`, in one call for all rows: a GPU sorts faster than it tells the host what it found.
+
+    numbers: (B,). Of equally likely tokens, those with lower ids come first.
+    """
     if not any(one.top_k or one.top_p < 1 or one.min_p > 0 for one in params):
         return _pick(probabilities, numbers)
-    best = probabilities.sort(dim=-1, descending=True)
+    best = probabilities.sort(dim=-1, descending=True, stable=True)
     count = probabilities.shape[1]
     places = torch.arange(count, device=probabilities.device)
     limits = numbers_on(probabilities.device, [one.top_k or count for one in params])

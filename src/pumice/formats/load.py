@@ -181,7 +181,6 @@ def _follow_products(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _build(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.dtype, merge: bool) -> Opened:
-    _follow_products(device, dtype)
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     model = _empty_model(loaded.config)
     check(loaded.state, _shapes(model), label)
@@ -202,7 +201,6 @@ def _open_quantized(
     cache_tokens: int | None,
 ) -> Opened:
     """dtype: of activations, norms and biases, where the device is not a CPU; there they are fp32."""
-    _follow_products(device, dtype)
     dtype = torch.float32 if device.type == "cpu" else dtype
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     check(loaded.state, shapes(loaded.config), label)
@@ -292,9 +290,7 @@ def _fill(
     as_stored: keep 16-bit weights of layers that widen them when they compute (`WideningLinear`). Tensors are
     read one at a time: besides the model, only the pages of one file are in memory.
     """
-    if device.type == "cuda" and dtype == torch.float32:
-        # cuDNN rounds fp32 to TF32 unless told not to, matrix products only when asked: it follows them.
-        torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
+    _follow_products(device, dtype)
     # On a CPU the tower and the connector compute in fp32; half precision is slow there and less exact. On
     # meta they are as on the CPU that will fill them.
     tower_dtype = torch.float32 if device.type in ("cpu", "meta") else dtype

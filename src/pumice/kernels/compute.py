@@ -80,10 +80,9 @@ def multiplies_fast() -> bool:
 def can_multiply(x: Tensor) -> bool:
     """Return whether compiled code multiplies these activations: on a CPU, without a gradient.
 
-    It does not for a fake tensor, such as `pumice plan` has: that has no contents.
+    They must be a plain tensor: others, such as the fake ones of `pumice plan`, may have no memory to read.
     """
-    is_plain = type(x) is Tensor and x.device.type == "cpu"
-    return is_plain and not x.requires_grad and library() is not None
+    return type(x) is Tensor and x.device.type == "cpu" and not x.requires_grad and library() is not None
 
 
 def linear(

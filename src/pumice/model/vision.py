@@ -85,6 +85,7 @@ class ViTAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, count, width = x.shape
+        # Twice as fast as PyTorch's attention (docs/measurements/speed.md), but without gradients.
         if x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and can_multiply(x):
             mixed = attend_tiles(self.q(x).float(), self.k(x).float(), self.v(x).float(), self.heads)
             return self.o(mixed.to(x.dtype))
@@ -101,10 +102,10 @@ class ViTMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
-        if isinstance(self.down, PackedLinear) and can_multiply(x):
-            for name, function in ACTIVATIONS.items():
-                if function is self.activation:
-                    return self.down(x, name)
+        # Compiled code reads x once for both. A function that was replaced has no name there.
+        name = next((name for name, function in ACTIVATIONS.items() if function is self.activation), None)
+        if name is not None and isinstance(self.down, PackedLinear) and can_multiply(x):
+            return self.down(x, name)
         return self.down(self.activation(x))
 
 

@@ -246,7 +246,7 @@ def test_what_is_mapped_needs_no_memory_of_its_own(
     assert open_model(folder, quantize="int8").model is not None
     with pytest.raises(InputError, match=r"in int8 needs .* GB of memory are free"):
         open_model(tiny_folder, quantize="int8")
-    monkeypatch.setattr(sizes, "available_memory", lambda: 0.0)
+    monkeypatch.setattr(sizes, "free_on", lambda _: 0.0)
     with pytest.raises(InputError, match=r"small' as it is stored needs .* GB"):  # in 4 bits
         open_model(folder, quantize="auto")
 
