@@ -404,4 +404,4 @@ def test_frames_are_of_animations_alone(
     assert result.exit_code == 0
     assert [isinstance(source, Video) for source in asked] == [False, True, False]
     assert asked[1] == Video("clip.gif", 2)
-    refused(run("ask", "cat.png", "still.gif", "What?", "--frames", "2"), "--frames 2 is of a video or an")
+    refused(run("ask", "cat.png", "still.gif", "What?", "--frames", "2"), "--frames is for a video or an")
