@@ -88,15 +88,13 @@ def test_options_are_checked_before_the_model_is_opened(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["What?"], "--frames is for a video or an animation, and none is shown"),
-        (["cat.png", "What?"], "--frames is for a video or an animation, and none is shown"),
-    ],
+    "arguments", [["What?"], ["cat.png", "What?"], ["--batch", "in.jsonl", "--out", "out.jsonl"]]
 )
 def test_frames_are_not_left_out_without_a_word(
-    run: Any, refused: Any, folder: Path, arguments: list[str], message: str
+    run: Any, refused: Any, folder: Path, arguments: list[str]
 ) -> None:
+    write_rows(folder / "in.jsonl", [{"image": "cat.png", "question": "What?"}])
+    message = "--frames is for a video or an animation, and none is shown"
     refused(run("ask", "--frames", "4", *arguments), message)
 
 
@@ -404,4 +402,4 @@ def test_frames_are_of_animations_alone(
     assert result.exit_code == 0
     assert [isinstance(source, Video) for source in asked] == [False, True, False]
     assert asked[1] == Video("clip.gif", 2)
-    refused(run("ask", "cat.png", "still.gif", "What?", "--frames", "2"), "--frames 2 is of a video or an")
+    refused(run("ask", "cat.png", "still.gif", "What?", "--frames", "2"), "--frames is for a video or an")

@@ -24,6 +24,7 @@ from pumice.data.mapping import RowMapping
 from pumice.data.rows import ImageFinder, Rows
 from pumice.data.sources import columns
 from pumice.data.sources.recognise import Part
+from pumice.errors import InputError
 from pumice.images import open_image
 
 Written = Path | tuple[Path, RowMapping]
@@ -488,6 +489,51 @@ def test_a_list_as_the_json_of_a_tar(form: str, examples: Examples, tmp_path: Pa
     [read] = Rows(tmp_path / "r.tar")
     assert [text.removeprefix("<image>").strip() for _, text in read.turns] == [row.question, row.answer]
     assert len(read.image) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "answer"),
+    [
+        # MathVista's choices may be numbers, MMMU's and MathVision's open questions have no choices.
+        ({"image": "a.png", "question": "How many?", "choices": ["2", "3", "4"], "answer": "3"}, "3"),
+        ({"image": "a.png", "question": "How many?", "choices": ["135", "145"], "answer": "145"}, "145"),
+        ({"image": "a.png", "question": "How many?", "options": "[]", "answer": "8"}, "8"),
+        ({"image": "a.png", "question": "How many?", "options": [], "answer": "0"}, "0"),
+        # Names of files that are a part of the text.
+        ({"instruction": "What is it?", "input": "https://x.org/a.jpg", "output": "A jpg."}, "A jpg."),
+        ({"query": "And this?", "response": "Another.", "history": [["a.jpg", "b.png"]]}, "Another."),
+    ],
+)  # fmt: skip
+def test_rows_that_only_look_wrong(values: dict[str, Any], answer: str, tmp_path: Path) -> None:
+    assert Rows(jsonl(tmp_path / "r", [values]))[0].turns[-1] == ("gpt", answer)
+
+
+def test_a_file_of_json_for_each_picture(examples: Examples, tmp_path: Path) -> None:
+    values = {value["image"]: value for value in asked_about(examples)}
+    for name, value in values.items():
+        (examples.folder / name).with_suffix(".json").write_text(json.dumps(value, indent=1))
+    rows, finder = Rows(examples.folder), ImageFinder(tmp_path)
+    assert [row.id for row in rows] == [value["id"] for _, value in sorted(values.items())]
+    assert rows[5].find(rows[5].image[0], finder) == examples.folder / "05.png"
+
+
+def test_a_packed_file_of_another_split_is_not_looked_at(tmp_path: Path) -> None:
+    jsonl(tmp_path / "train.jsonl", [{"question": "What?", "answer": "A cat."}])
+    (tmp_path / "test.jsonl.gz").write_bytes(b"\x1f\x8b")
+    assert len(Rows(tmp_path, part=Part("train"))) == 1
+    with pytest.raises(InputError, match="is packed with gzip; unpack it first"):
+        Rows(tmp_path, part=Part("test"))
+
+
+def test_a_table_that_belongs_to_a_sample(examples: Examples, tmp_path: Path) -> None:
+    row = examples.rows[0]
+    values = json.dumps({"question": row.question, "answer": row.answer}).encode()
+    with tarfile.open(tmp_path / "r.tar", "w") as archive:
+        for ending, data in (("png", examples.bytes_of(row)), ("json", values), ("csv", b"a,b\n1,2\n")):
+            member = tarfile.TarInfo(f"chart.{ending}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    assert [read.turns[1] for read in Rows(tmp_path / "r.tar")] == [("gpt", row.answer)]
 
 
 def test_splits_are_chosen_by_name(examples: Examples, tmp_path: Path) -> None:

@@ -93,8 +93,9 @@ TEXT = [{"from": "human", "value": "What is it?"}, TURNS[1]]
 
 @pytest.mark.parametrize("answer", [{}, {"answer": None}, {"response": None}])
 def test_a_question_without_an_answer_is_told_as_such(tmp_path: Path, answer: dict[str, None]) -> None:
-    rows = write(tmp_path / "a.json", [{"id": 1, "image": "0.jpg", "question": "What?", **answer}])
-    with pytest.raises(InputError, match="'question' has no answer; add one, or remove the row"):
+    row = {"question_id": "1", "image": "0.jpg", "question": "What?", **answer}
+    rows = write(tmp_path / "a.json", [row])
+    with pytest.raises(InputError, match="'question' has no answer beside it; add one or remove the row"):
         rows[0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -121,6 +122,13 @@ def _open(path: str, frames: int | None) -> Any:
     return Video(path, frames) if shown else open_image(path)
 
 
+def _check_frames(frames: int | None, images: Iterable[Any]) -> None:
+    from pumice.conversation import Video
+
+    if frames is not None and not any(isinstance(image, Video) for image in images):
+        raise InputError("--frames is for a video or an animation, and none is shown; leave it out")
+
+
 def _ask_one(
     images: list[str],
     question: str,
@@ -135,8 +143,7 @@ def _ask_one(
 
     # Before torch is imported, so that a wrong path fails at once.
     opened = [_open(path, frames) for path in images]
-    if frames is not None and not any(isinstance(each, Video) for each in opened):
-        raise InputError("--frames is for a video or an animation, and none is shown; leave it out")
+    _check_frames(frames, opened)
     if out is not None and isinstance(opened[-1], Video):
         raise InputError(f"--out {out} draws boxes on a picture, {images[-1]!r} is a video; leave it out")
     options.share_cores()
@@ -203,6 +210,7 @@ def _ask_batch(
     ]
     if not rows:
         raise InputError(f"'{source}' holds no questions; write one JSON object per line")
+    _check_frames(frames, [image for row in rows for image in row.images])
     options.check_out(out, [source], "the questions themselves")
     partial = out.with_name(f"{out.name}.partial")
     # 2. Answer the rows without an error. `partial` keeps the answers of a run that is stopped.

@@ -47,6 +47,8 @@ _WORDS = {*_QUESTIONS, *_ANSWERS, *_CAPTIONS, "conversations", "messages", "prom
 _ASK = ("prompt", "question", "query", "instruction", "user", "problem", "input", "ask")
 _REPLY = ("response", "completion", "answer", "assistant", "solution", "output", "reply", "target")
 _IDS = ("id", "question_id", "__key__")
+# Columns that are read, so that a file's name in one is text.
+_READ = {*_WORDS, *_IDS, *MEDIA, "input", "system", "history"}
 
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 _ROLES = {"user", "assistant", "system", "developer", "tool", "None"}
@@ -196,9 +198,6 @@ class RowMapping:
                 ("human", asked),
                 ("gpt", _text(given[0] if isinstance(given, list) and given else given)),
             ]
-        others = [name for name in values if name not in ("id", "image", "images", question)]
-        if question is not None and not others:
-            raise InputError(f"{question!r} has no answer; add one, or remove the row")
         raise InputError(_unknown(values, form))
 
 
@@ -350,7 +349,7 @@ def _most_given(answers: Any) -> str:
 def unread_picture(values: Record) -> str | None:
     """Return the column of a row that names a picture and is not read as one; None if there is none."""
     for name, value in values.items():
-        if name not in {*_WORDS, *_IDS, *MEDIA} and names_picture(structured(value)):
+        if name not in _READ and names_picture(structured(value)):
             return name
     return None
 
@@ -363,10 +362,18 @@ def _check_unread(values: Record) -> None:
 
 
 def _check_choices(values: Record, name: str, answer: Any) -> None:
-    """Raise InputError if an answer is only the number of one of its row's choices, as in ScienceQA."""
+    """Raise InputError if an answer is only the number of one of its row's choices, as in ScienceQA.
+
+    A text of digits that is itself one of the choices, or larger than their number, is the answer's text.
+    """
+    if re.fullmatch(r"\d{1,4}", str(answer)) is None:
+        return
     for column in ("choices", "options"):
         choices = structured(values.get(column))
-        if isinstance(choices, list | dict) and re.fullmatch(r"\d+", str(answer)):
+        if not isinstance(choices, list | dict) or not choices or int(answer) > len(choices):
+            continue
+        texts = choices.values() if isinstance(choices, dict) else choices
+        if not isinstance(answer, str) or answer not in map(str, texts):
             raise InputError(
                 f"{name!r} is {answer}, the number of one of the {column!r}; write the answer's text, and "
                 f"the {column} into the question"
@@ -392,7 +399,7 @@ def _unknown(values: Record, form: str) -> str:
             f"{{question: {asked}, answer: chosen}}"
         )
     # The columns that are left, the last as the answer: tables have the question before it.
-    texts = [n for n, v in words.items() if isinstance(v, str) and not n.startswith("__")]
+    texts = [n for n, v in words.items() if isinstance(v, str) and n not in _IDS and n[:2] != "__"]
     pictures = [name for name in texts if names_picture(words[name])]
     texts = [name for name in texts if name not in pictures]
     has_picture = bool(pictures) or any(is_stored(v) or n in MEDIA for n, v in values.items())

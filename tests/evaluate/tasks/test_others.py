@@ -234,7 +234,10 @@ def test_your_own_file(data: Any, scored: Any, asked: Any) -> None:
         ({"answers": "x"}, "'question' is missing"),
         ({"question": "?", "answers": "x", "image": 3}, "'image' must be a path"),
         ({"question": "?", "answers": "x", "images": ["a.png"]}, "did you mean 'image'"),
-        ({"question": "?", "answers": "x", "video": "a.mp4"}, "'video' cannot be used, only pictures"),
+        (
+            {"question": "?", "answers": "x", "audio": "a.wav"},
+            "'audio' cannot be used, only pictures and vid",
+        ),
     ],
 )
 def test_your_own_file_with_a_mistake(data: Any, scored: Any, row: dict[str, Any], message: str) -> None:

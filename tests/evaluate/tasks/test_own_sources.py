@@ -142,6 +142,18 @@ def test_tables_and_other_columns(pictures: Path) -> None:
     assert asked(pictures / "rows.json") == expected
 
 
+def test_the_choices_of_a_table(pictures: Path) -> None:
+    (pictures / "rows.csv").write_text('question,answer,choices\nWhich?,B,"[""cat"", ""dog""]"\n')
+    [question] = get_task("own").questions(pictures / "rows.csv")
+    assert question.prompt == "Which?\nA. cat\nB. dog" and question.meta["metric"] == "option"
+
+
+def test_of_several_questions_the_first_has_its_own_answer(pictures: Path) -> None:
+    row = {"id": "a", "img": "a.png", "questions": ["What?", "Where?"], "answers": ["dog", "here"]}
+    (pictures / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    assert asked(pictures / "rows.jsonl") == [("a", "What?", ["dog"], [pictures / "a.png"])]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

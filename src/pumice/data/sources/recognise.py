@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import itertools
 import os
@@ -182,14 +183,24 @@ def _open_folder(folder: Path, part: Part, label: str) -> Source:
     # 3. Files of rows.
     files = [path for path in below if not _is_side_file(path)]
     pictures = {path.with_suffix("") for path in below if path.name.lower().endswith(PICTURES)}
-    if len(files) > 1 and all(path.with_suffix("") in pictures for path in files):
+    beside = len(files) > 1 and all(path.with_suffix("") in pictures for path in files)
+    if beside and not _names_its_picture(files[0]):
         raise InputError(
             f"the folder '{label}' holds pictures and beside each a file of its name; pack them as "
             f"WebDataset: tar --sort=name -cf rows.tar -C '{label}' ."
         )
-    formats = {path: name for path in files if (name := format_of(path)) in OPENERS}
-    if formats:
-        chosen = _of_part([*formats], folder, part, label)
+    formats, refused = {}, {}
+    for path in files:
+        try:
+            formats[path] = format_of(path)
+        except InputError as error:  # told where the file is of the chosen part
+            refused[path] = error
+    files = [path for path in files if path in refused or formats[path] in OPENERS]
+    if files:
+        chosen = _of_part(files, folder, part, label)
+        for path in chosen:
+            if path in refused:
+                raise refused[path]
         return _open_formats({path: formats[path] for path in chosen}, label)
     # 4. A folder of pictures for each class.
     names = [path.name for path in folder.iterdir() if path.is_dir() and is_visible(path)]
@@ -200,6 +211,14 @@ def _open_folder(folder: Path, part: Part, label: str) -> Source:
     endings = Counter(path.suffix.lower() or path.name for path in below).most_common(3)
     found = ", ".join(f"{count} {ending}" for ending, count in endings) or "nothing"
     raise InputError(f"the folder '{label}' holds no rows that can be read: {found}; name a file of rows")
+
+
+def _names_its_picture(path: Path) -> bool:
+    """Whether a file is JSON whose first row names the picture beside the file."""
+    with contextlib.suppress(InputError, IndexError):
+        values = JsonRows(path).record(0).values() if format_of(path) == "json" else ()
+        return any(Path(str(v)).stem == path.stem and str(v).lower().endswith(PICTURES) for v in values)
+    return False
 
 
 def _visible_below(path: Path, folder: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,11 +103,12 @@ class TarRows(Source):
         first: list[int] = []
         for shard, path in enumerate(self.files):
             key = None
-            for name, start, size in _read_members(path):
-                if name.lower().endswith(_TABLES):
+            found = _read_members(path)
+            sizes = Counter(_key_and_ending(name)[0] for name, *_ in found)
+            for name, start, size in found:
+                own_key, ending = _key_and_ending(name)
+                if name.lower().endswith(_TABLES) and sizes[own_key] == 1:
                     raise InputError(f"'{path}' holds {name!r}, a file of rows; unpack it and give that file")
-                own_key, _, ending = name.rpartition("/")[2].partition(".")
-                own_key = name[: len(name) - len(ending) - bool(ending)] if ending else name
                 if own_key != key:
                     first.append(len(members))
                     key = own_key
@@ -118,6 +120,12 @@ class TarRows(Source):
             "name_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
             "first": np.array([*first, len(members)], np.int64),
         }
+
+
+def _key_and_ending(name: str) -> tuple[str, str]:
+    """Return the key of a member's sample, and what stands behind the first dot of the member's name."""
+    ending = name.rpartition("/")[2].partition(".")[2]
+    return (name[: -len(ending) - 1], ending) if ending else (name, "")
 
 
 def _read_members(path: Path) -> list[tuple[str, int, int]]:

@@ -279,7 +279,8 @@ def _values(rows: Rows, folder: Path, box_map: BoxMaps) -> Iterator[dict[str, An
         record = rows.opened.record(index)
         texts = [text for speaker, text in row.turns if speaker != "system"]
         own = {name: record[name] for name in _KEPT if record.get(name)}
-        answers = structured(record.get("answers")) or texts[1:2]
+        # Of several questions the first is asked; `answers` are then of all.
+        answers = (structured(record.get("answers")) if len(texts) == 2 else None) or texts[1:2]
         if isinstance(answers, list):  # VQA's sets hold what each person answered
             answers = [a.get("answer") if isinstance(a, dict) else a for a in answers]
         question = texts[0].replace(IMAGE_PLACEHOLDER, "").strip() if texts else ""
@@ -316,7 +317,7 @@ def _question(row: dict[str, Any], label: str, folder: Path, number: int, box_ma
     metric = row.get("metric", "option" if row.get("choices") else "exact")
     if metric not in METRICS:
         raise InputError(f"{error_prefix}: there is no metric {metric!r}; use one of {', '.join(METRICS)}")
-    choices = row.get("choices")
+    choices = structured(row.get("choices"))
     if isinstance(choices, list):
         choices = {chr(ord("A") + n): str(text) for n, text in enumerate(choices)}
     if metric == "option" and not isinstance(choices, dict):
