@@ -22,7 +22,7 @@ def compiler() -> None:
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize("source", ["attend.c", "decode.c", "-DDENSE", "linear.c", "quantize.c"])
+@pytest.mark.parametrize("source", [*loader._PACKED_FILES, "-DDENSE"])
 @pytest.mark.parametrize("target", ["x86-64", "ivybridge", "haswell", "skylake-avx512", "sapphirerapids"])
 def test_every_generation_of_processors_has_its_code(target: str, source: str) -> None:
     """What cannot be compiled for a processor leaves it without OpenMP, and so to PyTorch, in silence."""

@@ -108,10 +108,11 @@ def build(
         quantize = (
             "int8" if target.type == "cpu" and worthwhile and can_quantize(loaded.config.decoder) else None
         )
-    if quantize is not None:
-        return _open_quantized(loaded, label, quantize, target, dtype, cache_limit, cache_tokens)
-    check_memory(loaded, label, quantize, target, dtype, cache_tokens)
-    return _build(loaded, label, target, dtype, merge)
+    if quantize is None or target.type != "cpu":
+        check_memory(loaded, label, quantize, target, dtype, cache_tokens)
+    if quantize is None:
+        return _build(loaded, label, target, dtype, merge)
+    return _open_quantized(loaded, label, quantize, target, dtype, cache_limit)
 
 
 def new_parts(
@@ -198,7 +199,6 @@ def _open_quantized(
     device: torch.device,
     dtype: torch.dtype,
     cache_limit: float | None,
-    cache_tokens: int | None,
 ) -> Opened:
     """dtype: of activations, norms and biases, where the device is not a CPU; there they are fp32."""
     dtype = torch.float32 if device.type == "cpu" else dtype
@@ -216,10 +216,10 @@ def _open_quantized(
         key = _key(source, loaded.parts, bits) if built_in else _gguf_key(weight_files(source), bits)
         limit = None if cache_limit is None else cache_limit * 1e9
         state = cached(key, state, limit, "" if built_in else label)
-    # Weights that are mapped now need no memory of their own.
-    merged = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, lora=None), state=state)
-    check_memory(merged, label, bits, device, dtype, cache_tokens)
-    model = _empty_model(dataclasses.replace(loaded.config, lora=None))
+    config = dataclasses.replace(loaded.config, lora=None)
+    if device.type == "cpu":  # which needs no memory of its own for weights that are mapped now
+        check_memory(dataclasses.replace(loaded, config=config, state=state), label, bits, device, dtype)
+    model = _empty_model(config)
 
     def packed(name: str, _: torch.Tensor) -> PackedMatrix:
         blocks = state.pop(f"decoder.{name}").blocks

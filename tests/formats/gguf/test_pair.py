@@ -19,6 +19,7 @@ import pumice
 from pumice.config import ConnectorConfig, ImagePolicy, VisionConfig
 from pumice.errors import InputError
 from pumice.files import folder_size
+from pumice.formats import sizes
 from pumice.formats.export import export
 from pumice.formats.gguf.file import GgufFile
 from pumice.formats.load import open_model
@@ -393,6 +394,16 @@ def test_a_file_is_converted_once(
     shutil.rmtree(pair)
     export(models.tiny(models.ARCHITECTURES["SigLIP + Qwen2, squash"], seed=1), "gguf", pair, kind="q8_0")
     assert len(converted(pair)) == 2
+
+
+def test_what_does_not_fit_another_device_is_refused_before_it_is_converted(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PUMICE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sizes, "free_on", lambda _: 0.0)
+    with pytest.raises(InputError, match=r"in int8 needs .* of memory are free"):
+        converted(pair, device="meta")
+    assert not copies_folder().exists()
 
 
 def test_what_a_killed_process_left_in_the_cache_is_removed(

@@ -31,7 +31,7 @@ from pumice.formats.load import find_device, usual_dtype
 from pumice.formats.quantize import can_quantize
 from pumice.formats.read import read_model
 from pumice.formats.sizes import PROCESS_BYTES, cache_dtype, weight_sizes
-from pumice.kernels.compute import kernel_name
+from pumice.kernels.compute import kernel_name, multiplies_fast
 from pumice.kernels.packed import PackedMatrix, packed_size
 from pumice.model.cache import BLOCK, KVCache
 from pumice.model.llava import Llava
@@ -97,10 +97,12 @@ def plan_ask(source: str, device: str | None = None) -> AskPlan:
     free = free_on(place)
     with torch.inference_mode():
         # 1. The prompt of a question about a usual picture, and how long tower and connector take for it: as
-        #    they are, and as they are beside a quantised language model.
+        #    they are, and as they are beside a quantised language model, where that differs.
         prompt_tokens, image_tokens, image_seconds = _measure_image(loaded, place, quantized=False)
+        quantized_seconds = image_seconds
         kinds = [None, *(KINDS if can_quantize(loaded.config.decoder) else ())]
-        quantized_seconds = _measure_image(loaded, place, quantized=True)[2] if kinds[1:] else image_seconds
+        if kinds[1:] and place.type == "cpu" and multiplies_fast():
+            quantized_seconds = _measure_image(loaded, place, quantized=True)[2]
         # 2. The language model, with weights of each kind.
         costs = tuple(
             _cost(loaded, kind, place, free, prompt_tokens, quantized_seconds if kind else image_seconds)
