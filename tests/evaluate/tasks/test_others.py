@@ -15,7 +15,7 @@ from pumice.evaluate.result import read_questions
 from pumice.evaluate.task import Answered
 from pumice.evaluate.tasks import get_task, registry
 from pumice.evaluate.tasks.hallucination import ObjectNames
-from pumice.evaluate.tasks.own import read_option
+from pumice.evaluate.tasks.own import METRICS, read_option
 
 
 def test_every_task_says_where_its_files_come_from() -> None:
@@ -295,6 +295,7 @@ def test_long_answers_to_your_own_file_are_read_in_time() -> None:
         ("<think>A</think>" * 10_000 + "B", "B"), (f"({blanks}b)", "B"),
     ):  # fmt: skip
         assert read_option(answer, {"A": "a cat", "B": "a dog", "C": "None"}) == letter
+    assert METRICS["contains"]("개" + "이나" * 50_000 + "구", {"answers": ["개"]}) == 0
 
 
 def test_unread_answers_to_your_own_file_are_told(data: Any, scored: Any) -> None:
@@ -325,6 +326,8 @@ def test_an_answer_that_is_an_article(data: Any, scored: Any, metric: str, answe
         ("contains", "图片里有一只猫。", "狗", 0), ("contains", "有13只猫", "3只", 0),
         ("contains", "有3只猫", "3只", 100),
         ("contains", "이것은 고양이입니다.", "고양이", 100), ("contains", "조개가 있다", "개", 0),
+        ("contains", "개구리가 있습니다.", "개", 0), ("contains", "개들이었습니다.", "개", 100),
+        ("contains", "공원에서는 논다", "공원", 100), ("contains", "빨간색 차예요", "빨간색 차", 100),
         ("contains", "แมวดำตัวหนึ่ง", "แมว", 100), ("contains", "a catalogue", "cat", 0),
         ("contains", "មានឆ្កែមួយក្នុងរូបភាព", "ឆ្កែ", 100), ("contains", "犬が写っています。", "犬", 100),
         ("contains", "བོད་ཡིག་ཡིན", "ཡིག", 100), ("contains", "ꦄꦏꦄ", "ꦏ", 100),

@@ -189,7 +189,8 @@ def _open_folder(folder: Path, part: Part, label: str) -> Source:
             f"the folder '{label}' holds pictures and beside each a file of its name; pack them as "
             f"WebDataset: tar --sort=name -cf rows.tar -C '{label}' ."
         )
-    formats, refused = {}, {}
+    formats: dict[Path, str] = {}
+    refused: dict[Path, InputError] = {}
     for path in files:
         try:
             formats[path] = format_of(path)

@@ -44,6 +44,11 @@ BoxMaps = Callable[[Size, int], BoxMap]  # of a picture of that size in a questi
 # A character that is looked for as a word is: also in Tibetan, which marks syllables but not words, and the
 # punctuation of Chinese and Japanese.
 _WORD_OF_ONE = re.compile(f"[{UNSPACED}\u0f00-\u0fff\u3000-\u303f]")
+# What Korean writes behind a noun without a blank: particles, and the forms of "is".
+_PARTICLES = (
+    "(?:들|은|는|이|가|을|를|의|에|에서|에게|께서?|한테|와|과|이?랑|하고|도|만|으?로|까지|부터|보다|처럼|같은|마다|밖에|뿐|이?나|"
+    "이?다|입니다|이에요|예요|이?야|이?고|이?며|이?라|이?라고|이?지만|이?네요|이?죠|인데?|임|요|이?었다|이?었습니다|였다|였습니다){0,4}"
+)
 _HANGUL = re.compile("[\uac00-\ud7a3]")
 _RAISED = re.compile("([\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209c\u2150-\u215f\u2189])")  # ², ₂ and ½
 # Where an answer says its letter: alone, in a box, first, after "answer is", "option" and the like, before
@@ -103,8 +108,10 @@ def _holds(text: str, answer: str) -> bool:
     # Of an answer such as "A", which M4C drops as an article, nothing would be left to look for.
     form = normalize_m4c if normalize_m4c(_spaced(answer)) else _plain
     whole, part = (" ".join(form(_spaced(words)).split()) for words in (text, answer))
-    end = "" if _HANGUL.search(part[-1:]) else " "  # Korean writes particles behind a word, without a blank
-    return part != "" and f" {part}{end}" in f" {whole} "
+    if not part:
+        return False
+    end = _PARTICLES if _HANGUL.match(part[-1]) else ""
+    return re.search(f" {re.escape(part)}{end} ", f" {whole} ") is not None
 
 
 def _vqa(text: str, meta: Any) -> float:
