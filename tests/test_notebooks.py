@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
+import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -17,10 +17,12 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 @pytest.fixture(scope="module")
 def runner() -> ModuleType:
-    """notebooks/run.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(NOTEBOOKS[0].parent)
-        return importlib.import_module("run")
+    """notebooks/run.py, under a name of its own: another script is called `run`, too."""
+    spec = importlib.util.spec_from_file_location("notebooks_run", NOTEBOOKS[0].with_name("run.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def outputs(notebook: Any) -> list[Any]:
