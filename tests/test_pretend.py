@@ -150,6 +150,12 @@ def test_where_graphs_are_not_right_the_plain_loop_answers(result: Result, kind:
     assert found["replays"] == (1 if kind == "wrong graphs" else 0)
 
 
+def test_a_graph_is_kept_once_finite_logits_prove_it(result: Result) -> None:
+    found = result("unproven")
+    assert found["logits"] == ["none", "finite: True", "finite: True"]
+    assert (found["captured"], found["replays"]) == ([1], 2)
+
+
 @pytest.mark.parametrize("kind", ["one call", "graphs"])
 def test_a_step_of_the_engine_waits_once(result: Result, kind: str) -> None:
     waits = result("decode")[f"plain {kind}"]["waits"]
@@ -188,29 +194,13 @@ def test_a_dummy_pack_reaches_every_part(result: Result) -> None:
 
 def test_the_benchmark_for_a_gpu_runs_whole(library: Path) -> None:
     """benchmarks/gpu.py, which nobody here can run on a card, on small models."""
-    command = [
-        sys.executable,
-        str(HERE / "run.py"),
-        str(library),
-        str(ROOT / "benchmarks" / "gpu.py"),
-        "--small",
-    ]
+    script = ROOT / "benchmarks" / "gpu.py"
+    command = [sys.executable, str(HERE / "run.py"), str(library), str(script), "--small"]
     run = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     assert run.returncode == 0, [line for line in lines if not line["ok"]] or run.stderr[-2000:]
-    sections = [
-        "rates",
-        "parity",
-        "stages",
-        "resume",
-        "fsdp",
-        "lora",
-        "full",
-        "decode",
-        "answers",
-        "compiled",
-    ]
-    assert [line["section"] for line in lines] == sections
+    sections = "rates parity stages resume fsdp lora full decode answers compiled"
+    assert [line["section"] for line in lines] == sections.split()
     # This PyTorch has no NCCL, and pumice-tiny may not be at hand.
     assert {line["section"] for line in lines if "left out" in line} <= {"fsdp", "answers"}
 

@@ -20,6 +20,7 @@ from unittest.mock import patch
 
 import architectures
 import cuda
+import numpy as np
 import torch
 import torch.nn.functional as F
 from workshop import STAGES, Workshop
@@ -30,6 +31,7 @@ from pumice.engine.engine import Engine
 from pumice.engine.requests import Prompt
 from pumice.engine.sampling import SamplingParams
 from pumice.kernels import compute
+from pumice.model.cache import KVCache, Segment
 from pumice.model.packed import Run
 from pumice.model.varlen import is_recent
 from pumice.train import checkpoint, devices, loop
@@ -37,9 +39,8 @@ from pumice.train.objective import PackTensors
 from pumice.train.setup import prepare
 
 devices.TIMED_SIZE["cuda"] = 64
-os.environ["CUBLAS_WORKSPACE_CONFIG"] = (
-    ":4096:8"  # these cases share a process, in which some are deterministic
-)
+# These cases share a process, and some of them are deterministic.
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 
 def stage(name: str) -> Callable[[Workshop], dict[str, Any]]:
@@ -229,6 +230,20 @@ def decode(workshop: Workshop) -> dict[str, Any]:
     return results
 
 
+def unproven(workshop: Workshop) -> dict[str, Any]:
+    """Steps of one request by a graph, the first one with logits that are not finite."""
+    decoder = prepare(workshop.recipe("unproven", "cuda")).model.decoder.bfloat16().eval()
+    cache = KVCache(decoder.config, 256, torch.device("cuda"), torch.bfloat16, one_call=True)
+    capture, weight, results = Capture(), decoder.norm.weight.clone(), list[str]()
+    with patch.object(graphs, "capture", capture), torch.no_grad():
+        decode_graphs = graphs.DecodeGraphs(decoder, cache)
+        for token, spoiled in enumerate((True, False, False)):
+            decoder.norm.weight.fill_(torch.nan) if spoiled else decoder.norm.weight.copy_(weight)
+            logits = decode_graphs.logits(np.array([token]), [Segment(range(cache.blocks), token, 1)])
+            results.append("none" if logits is None else f"finite: {bool(logits.isfinite().all())}")
+    return {"logits": results, "captured": capture.captured, "replays": capture.replays}
+
+
 class Even:
     """A constraint: even tokens."""
 
@@ -353,8 +368,9 @@ def dummy(workshop: Workshop) -> dict[str, Any]:
 CASES: dict[str, Callable[[Workshop], dict[str, Any]]] = {
     **{f"stage-{name}": stage(name) for name in STAGES},
     "resume": resume, "precision": precision, "attention": attention_calls, "waits": waits,
-    "answers": answers, "decode": decode, "choosing": choosing, "full_gpu": full_gpu, "quantised": quantised,
-    "no_flash": no_flash, "shared_heads": shared_heads, "late": late, "dummy": dummy, "old_gpu": old_gpu,
+    "answers": answers, "decode": decode, "unproven": unproven, "choosing": choosing, "full_gpu": full_gpu,
+    "quantised": quantised, "no_flash": no_flash, "shared_heads": shared_heads, "late": late, "dummy": dummy,
+    "old_gpu": old_gpu,
 }  # fmt: skip
 
 

@@ -58,7 +58,8 @@ class DecodeGraphs:
     def logits(self, ids: np.ndarray, segments: Sequence[Segment]) -> Tensor | None:
         """Return the logits (R, V) after the tokens `ids` (R,), in a buffer that the next step overwrites.
 
-        None where there are more requests than a graph takes, or where graphs are not right here.
+        None where there are more requests than a graph takes, where graphs are not right here, or where the
+        first logits of a size are not finite, which would prove nothing.
         """
         size = next((size for size in REQUESTS if size >= len(segments)), None)
         if self._refused or size is None:
@@ -78,13 +79,15 @@ class DecodeGraphs:
         # 2. The first step of this size is captured.
         graph = self._capture(*(value.to(self._cache.keys.device) for value in values))
         if graph is None:
-            self._refused = True
             return None
         self._graphs[size] = graph
         return graph.logits[: len(segments)]
 
     def _capture(self, ids: Tensor, *buffers: Tensor) -> Graph | None:
-        """Capture a step. Return None, and say why, unless it gives the logits of the plain loop."""
+        """Capture a step. Return None unless it gives the logits of the plain loop.
+
+        Where it gives others, say so and refuse graphs from here on.
+        """
         numbers, decoder = StepNumbers(*buffers), self._decoder
 
         def run() -> Tensor:
@@ -93,15 +96,19 @@ class DecodeGraphs:
             return decoder.logits(hidden[0])
 
         expected = run()
+        if not expected.isfinite().all():  # a fault of the model or a picture, which the engine reports
+            return None
         try:
             with torch.cuda.device(ids.device):  # a server's thread is on the first GPU, the model may not be
                 replay, logits = capture(run)
             replay()
         except RuntimeError as error:  # an operation that a graph cannot hold
             _LOG.warning("CUDA graphs are not possible here (%s); steps run without", error)
+            self._refused = True
             return None
         apart = float((logits - expected).abs().max() / expected.abs().max())
-        if not apart <= AGREEMENT and bool(expected.isfinite().all()):
+        if not apart <= AGREEMENT:
             _LOG.warning("a CUDA graph differs by %.1e of the largest logit; steps run without", apart)
+            self._refused = True
             return None
         return Graph(ids, numbers, replay, logits)
