@@ -39,18 +39,19 @@ def chunk_size(device: torch.device) -> int:
 def free_memory(model: Llava) -> float | None:
     """Return the bytes that are free beside the model's weights on its device; None if unknown."""
     free = free_on(model.device)
-    if free is None or model.device.type == "cuda":
-        return free
-    return max(0.0, free - mapped_bytes(model))
+    return None if free is None else max(0.0, free - mapped_bytes(model))
 
 
 def mapped_bytes(model: Llava) -> float:
     """Return the bytes of weights that are mapped from files. The system counts their pages as free memory.
 
-    It is right before the model answers: later this process has other memory of its own.
+    Only a CPU computes with such weights. It is right before the model answers: later this process has other
+    memory of its own.
     """
+    if model.device.type != "cpu":
+        return 0.0
     tensors = [*model.parameters(), *model.buffers()]
-    weights = sum(tensor.nbytes for tensor in tensors if tensor.device.type == model.device.type)
+    weights = sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu")
     return max(0.0, weights - _own_memory(weights))
 
 
