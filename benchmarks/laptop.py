@@ -138,6 +138,7 @@ def pumice(folder: Path, options: dict[str, Any]) -> dict[str, float]:
     from PIL import Image
 
     import pumice as package
+    from pumice.assistant import Assistant
     from pumice.conversation import Conversation, user_message
     from pumice.engine.requests import Prompt
     from pumice.engine.sampling import SamplingParams
@@ -146,7 +147,9 @@ def pumice(folder: Path, options: dict[str, Any]) -> dict[str, float]:
     start = time.perf_counter()
     assistant = package.load(folder, device="cpu")
     figures = {"open": time.perf_counter() - start}
+    # Answers as long as is asked for. An engine notes at its start which tokens end them.
     object.__setattr__(assistant.model.config, "stop_token_ids", ())
+    assistant = Assistant(assistant.model, assistant.processor)
 
     def first(question: str, picture: Image.Image) -> float:
         started = time.perf_counter()
