@@ -36,32 +36,45 @@ def test_a_container_has_a_limit_of_which_a_part_is_used(system: Path) -> None:
     assert ram(system) == (2000000, 0)
 
 
-def test_a_job_has_the_least_of_its_own_limit_and_of_those_above(system: Path) -> None:
-    """As Slurm and systemd set them. The machine's topmost group has none."""
-    (system / "proc/self").mkdir()
-    (system / "proc/self/cgroup").write_text("0::/system.slice/job_7/step_0\n")
-    step = system / "sys/fs/cgroup/system.slice/job_7/step_0"
-    step.mkdir(parents=True)
-    (step / "memory.max").write_text("max\n")
-    (step.parent / "memory.max").write_text("3000000\n")
-    (step.parent / "memory.current").write_text("1000000\n")
-    assert ram(system) == (3000000, 2000000)
-    (step / "memory.max").write_text("5000000\n")
-    (step / "memory.current").write_text("3500000\n")
-    assert ram(system) == (3000000, 1500000)
+SLURM, DOCKER = "0::/job/step\n", "5:devices:/a\n4:cpu,memory:/7\n0::/\n"  # versions 2 and 1
 
 
-def test_cgroups_of_version_1(system: Path) -> None:
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        # The machine's topmost group has no limit, and a step may have none.
+        (
+            SLURM,
+            {"job/step/memory.max": "max", "job/memory.max": 9000, "job/memory.current": 2000},
+            (9000, 7000),
+        ),
+        (
+            SLURM,
+            {"job/step/memory.max": 9000, "job/step/memory.current": 8500, "job/memory.max": 5000},
+            (5000, 500),
+        ),
+        # A container's own group may be at the top of what it sees.
+        (DOCKER, {"memory/memory.limit_in_bytes": 9000}, (9000, 9000)),
+        (
+            DOCKER,
+            {
+                "memory/memory.limit_in_bytes": 9000, "memory/7/memory.limit_in_bytes": 5000,
+                "memory/7/memory.usage_in_bytes": 500,
+            },
+            (5000, 4500),
+        ),
+    ],
+)  # fmt: skip
+def test_a_job_has_the_least_of_its_own_limit_and_of_those_above(
+    system: Path, groups: str, files: dict[str, object], expected: tuple[int, int]
+) -> None:
     (system / "proc/self").mkdir()
-    (system / "proc/self/cgroup").write_text("5:devices:/a\n4:cpu,memory:/docker/7\n0::/\n")
-    top = system / "sys/fs/cgroup/memory"
-    top.mkdir()
-    (top / "memory.limit_in_bytes").write_text("3000000\n")  # the container's own, at the top of what it sees
-    assert ram(system) == (3000000, 3000000)
-    (top / "docker/7").mkdir(parents=True)
-    (top / "docker/7/memory.limit_in_bytes").write_text("2000000\n")
-    (top / "docker/7/memory.usage_in_bytes").write_text("500000\n")
-    assert ram(system) == (2000000, 1500000)
+    (system / "proc/self/cgroup").write_text(groups)
+    for name, content in files.items():
+        path = system / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{content}\n")
+    assert ram(system) == expected
 
 
 def test_the_addresses_of_a_process_may_be_limited(system: Path, monkeypatch: pytest.MonkeyPatch) -> None:
