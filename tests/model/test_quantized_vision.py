@@ -59,8 +59,7 @@ def random_tower(kind: str, outlier: float = 1.0) -> ViT:
 
 def quantized(tower: ViT) -> ViT:
     tower = copy.deepcopy(tower)
-    weights = dict(tower.named_parameters())
-    quantize_vision(tower, lambda name: weights[name].detach())
+    quantize_vision(tower, tower.get_parameter)
     return tower
 
 

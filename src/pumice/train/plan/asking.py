@@ -108,10 +108,10 @@ def plan_ask(source: str, device: str | None = None) -> AskPlan:
             _cost(loaded, kind, place, free, prompt_tokens, quantized_seconds if kind else image_seconds)
             for kind in kinds
         )
-    threads = torch.get_num_threads()
     return AskPlan(
-        source, place.type, threads, kernel_name(), free, prompt_tokens, image_tokens, costs, notes
-    )
+        source, place.type, torch.get_num_threads(), kernel_name(), free,
+        prompt_tokens, image_tokens, costs, notes,
+    )  # fmt: skip
 
 
 def busy_notes() -> tuple[str, ...]:
@@ -259,8 +259,7 @@ def _encoder(loaded: LoadedParts, blocks: int, device: torch.device, quantized: 
         if isinstance(module, WideningLinear) and stored & {torch.float16, torch.bfloat16}:
             module.weight.data = module.weight.data.half()
     if quantized and device.type == "cpu":
-        weights = dict(model.tower.named_parameters())
-        quantize_vision(model.tower, lambda name: weights[name].detach())
+        quantize_vision(model.tower, model.tower.get_parameter)
     return model
 
 
