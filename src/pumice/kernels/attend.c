@@ -7,19 +7,14 @@
  * Shapes: T new tokens, H heads, K key/value heads, G = H / K, C cells, d head width, S keys.
  */
 #include "attend.h"
+#include "compiler.h"
 #include "vectors.h"
 #include <stdlib.h>
-#ifdef _OPENMP
-#include <omp.h>
-#else
-#define omp_get_thread_num() 0
-#endif
 
 #define ROWS 6
 #define WIDE (LANES == 16 ? 4 : 2) /* vectors of a panel: ROWS * WIDE sums fill the registers */
 #define PANEL (WIDE * LANES)
 #define CHUNK 256 /* queries that are one thread's work */
-#define INLINE static inline __attribute__((always_inline))
 
 static int64_t cell(const Task *task, int64_t token) {
     return task->table[token / task->block] * task->block + token % task->block;

@@ -5,15 +5,10 @@
  *
  * Shapes: B tiles, T patches of a tile, H heads, d head width, d' = d rounded up to LANES, T' = T rounded up to PANEL.
  */
+#include "compiler.h"
 #include "vectors.h"
 #include <stdlib.h>
-#ifdef _OPENMP
-#include <omp.h>
-#else
-#define omp_get_thread_num() 0
-#endif
 
-#define INLINE static inline __attribute__((always_inline))
 #define ROWS 6
 #define WIDE (LANES == 16 ? 4 : 2) /* vectors of a panel: ROWS * WIDE sums fill the registers */
 #define PANEL (WIDE * LANES)

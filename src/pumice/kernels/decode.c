@@ -11,16 +11,11 @@
  * Shapes: R rows (one new token each), D width, H heads, K key/value heads, d head width, M width of the MLP,
  * V vocabulary, C cells of the cache, G = H / K heads that share keys and values.
  */
+#include "compiler.h"
 #include "vectors.h"
 #ifdef DENSE
 #include "dense.h"
 #include <stdlib.h>
-#ifdef _OPENMP
-#include <omp.h>
-#else
-#define omp_get_thread_num() 0
-#define omp_get_num_threads() 1
-#endif
 typedef Dense Linear;
 typedef float cached;
 typedef const float *Input; /* of a product */
@@ -91,7 +86,6 @@ static void rotate(float *x, int64_t size, const float *angles) {
 #define QUERIES 4 /* of a group that are computed together */
 #define KEYS 4    /* that are multiplied together */
 #define SCORES (PIECE + KEYS - 1) /* room for the scores of a query: keys come KEYS at a time */
-#define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 /* What one item of attention reads: tokens [first, last) of a sequence, which all lie in one piece. keys and values are
  * those of one head and layer (C, d). table: the sequence's blocks. */
@@ -111,12 +105,12 @@ static inline const cached *keys_at(const Span *span, int64_t t, int64_t block, 
 }
 
 /* Ask memory for `size` numbers that are needed soon. They are placed in the second level: too many for the first. */
-ALWAYS_INLINE void ask_for(const cached *numbers, int64_t size) {
+INLINE void ask_for(const cached *numbers, int64_t size) {
     for (int64_t i = 0; i < size; i += LINE / sizeof *numbers) __builtin_prefetch(numbers + i, 0, 2);
 }
 
 /* The totals of KEYS vectors, in a third of the steps that they take one by one. */
-ALWAYS_INLINE void totals(const vector *sums, float *to) {
+INLINE void totals(const vector *sums, float *to) {
 #if LANES == 16
     __m512 a = (__m512)sums[0], b = (__m512)sums[1], c = (__m512)sums[2], d = (__m512)sums[3];
     __m512d ab = (__m512d)(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
@@ -135,8 +129,8 @@ ALWAYS_INLINE void totals(const vector *sums, float *to) {
 
 /* Products of `queries` queries with `count` neighbouring keys: scores (queries, SCORES), of which up to KEYS - 1 behind
  * the last are overwritten. soon: numbers, as many as the keys', that are needed soon. */
-ALWAYS_INLINE void score(const int queries, const float *q, const cached *keys, int64_t count, int64_t size,
-                         float *scores, const cached *soon) {
+INLINE void score(const int queries, const float *q, const cached *keys, int64_t count, int64_t size,
+                  float *scores, const cached *soon) {
     for (int64_t t = 0; t < count; t += KEYS) {
         const cached *key[KEYS];
         vector sums[QUERIES][KEYS];
@@ -156,8 +150,8 @@ ALWAYS_INLINE void score(const int queries, const float *q, const cached *keys, 
 
 /* Add `count` neighbouring values, each times its weight (queries, SCORES), to `columns` vectors of the sums
  * (queries, stride), which stay in registers. */
-ALWAYS_INLINE void mix_columns(const int queries, const int columns, const float *weights, const cached *values,
-                               int64_t count, int64_t size, float *sums, int64_t stride, const cached *soon) {
+INLINE void mix_columns(const int queries, const int columns, const float *weights, const cached *values,
+                        int64_t count, int64_t size, float *sums, int64_t stride, const cached *soon) {
     vector sum[QUERIES][8];
     for (int g = 0; g < queries; g++)
         for (int c = 0; c < columns; c++) sum[g][c] = load(sums + g * stride + c * LANES);
@@ -172,8 +166,8 @@ ALWAYS_INLINE void mix_columns(const int queries, const int columns, const float
         for (int c = 0; c < columns; c++) memcpy(sums + g * stride + c * LANES, &sum[g][c], sizeof(vector));
 }
 
-ALWAYS_INLINE void mix(const int queries, const float *weights, const cached *values, int64_t count, int64_t size,
-                       float *sums, int64_t stride, const cached *soon) {
+INLINE void mix(const int queries, const float *weights, const cached *values, int64_t count, int64_t size,
+                float *sums, int64_t stride, const cached *soon) {
 #define MIX_COLUMNS(COLUMNS)                                                                                           \
     for (; i + COLUMNS * LANES <= size; i += COLUMNS * LANES)                                                          \
         mix_columns(queries, COLUMNS, weights, values + i, count, size, sums + i, stride, soon + i);

@@ -16,6 +16,7 @@
  */
 #ifndef PUMICE_PACKED_H
 #define PUMICE_PACKED_H
+#include "compiler.h"
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -23,17 +24,10 @@
 #if defined(_OPENMP) && defined(__clang__)
 #error "the OpenMP of clang is another library than the one that PyTorch has loaded"
 #endif
-#ifdef _OPENMP
-#include <omp.h>
-#else
-#define omp_get_thread_num() 0
-#define omp_get_num_threads() 1
-#endif
 
 #define GROUP 32
 #define SUPER 8 /* groups of a block of Q4_K */
 #define TILE 16
-#define INLINE static inline __attribute__((always_inline))
 
 enum { Q8_0, Q4_0, Q4_1, Q4_K };
 
