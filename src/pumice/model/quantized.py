@@ -18,7 +18,6 @@ from pumice.errors import InputError
 from pumice.kernels.compute import check_rows, linear
 from pumice.kernels.compute import quantize as quantize_weight
 from pumice.kernels.packed import BlockFormat, PackedMatrix
-from pumice.model.adapters import LoraLinear
 from pumice.model.layers import ScaledEmbedding, check_unedited
 
 KINDS = ("int8", "int4")
@@ -85,21 +84,16 @@ def kind_of(bits: str, name: str, inputs: int) -> BlockFormat:
 
 
 def quantize(decoder: Any, bits: str) -> None:
-    """Quantise every matrix of the decoder to "int8" or "int4", one after another.
+    """Quantise every matrix of a decoder on the CPU to "int8" or "int4"; activations become fp32.
 
-    On a CPU activations become fp32; on other devices they keep their type. Raise InputError if the decoder
-    has LoRA adapters.
+    Raise InputError if `bits` are others, or a layer has adapters or was edited; WorkError if a weight is not
+    finite.
     """
-    device = decoder.norm.weight.device
-    dtype = torch.float32 if device.type == "cpu" else decoder.norm.weight.dtype
-    if any(isinstance(module, LoraLinear) for module in decoder.modules()):
-        raise InputError("merge the LoRA adapters before quantising")
 
     def packed(name: str, weight: Tensor) -> PackedMatrix:
         return quantize_weight(weight, kind_of(bits, name, weight.shape[1]), name)
 
-    swap(decoder, packed, dtype)
-    decoder.to(device)
+    swap(decoder, packed)
 
 
 def swap(
@@ -107,7 +101,7 @@ def swap(
 ) -> None:
     """Replace the matrices of a decoder. packed(name, weight) returns the packed matrix of a weight.
 
-    dtype: of norms, biases and activations.
+    dtype: of norms, biases and activations. Raise InputError if a layer has adapters or was edited.
     """
     for path, parent in list(decoder.named_modules()):
         for name, child in list(parent.named_children()):
