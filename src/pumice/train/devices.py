@@ -84,10 +84,10 @@ def enough_memory(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        kept = "" if recipe.checkpointing == "full" else "set checkpointing: full to continue, or "
+        first_try = "" if recipe.checkpointing == "full" else "set checkpointing: full to continue, or "
         raise WorkError(
             f"{recipe.name}: the GPU's memory does not suffice for packs of {recipe.pack_tokens} tokens; "
-            f"{kept}start again with pack_tokens: {recipe.pack_tokens // 2} in another output folder "
+            f"{first_try}start again with pack_tokens: {recipe.pack_tokens // 2} in another output folder "
             "(`pumice plan` shows what fits)"
         ) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from pumice.config import DecoderConfig
 from pumice.engine.engine import Engine, Plan
 from pumice.formats.read import read_model
 from pumice.formats.sizes import weight_sizes
+from pumice.model import quantized_vision
 from pumice.train.plan import asking
 from pumice.train.plan.asking import AskCost, AskPlan, measure_decoder, plan_ask
 
@@ -111,6 +113,21 @@ def test_times_of_a_busy_machine_are_told_as_such(monkeypatch: pytest.MonkeyPatc
     assert f"note: {note}" in " ".join(describe_ask(plan, 40))
     assert max(map(len, describe_ask(plan, 40)[2:])) <= 40
     assert plan.to_dict()["notes"] == (note,)
+
+
+def test_a_tower_that_nothing_quantises_is_timed_once(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, calls = asking._measure_image, list[bool]()
+
+    def counted(*args: Any, quantized: bool) -> Any:
+        calls.append(quantized)
+        return measure(*args, quantized=quantized)
+
+    monkeypatch.setattr(asking, "_measure_image", counted)
+    monkeypatch.setattr(quantized_vision, "multiplies_fast", lambda: True)
+    plan_ask(str(tiny_folder), "cpu")
+    assert calls == [False]
 
 
 def test_what_does_not_fit_is_said_and_the_status_is_1(

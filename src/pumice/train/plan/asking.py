@@ -31,12 +31,12 @@ from pumice.formats.load import find_device, usual_dtype
 from pumice.formats.quantize import can_quantize
 from pumice.formats.read import read_model
 from pumice.formats.sizes import PROCESS_BYTES, cache_dtype, weight_sizes
-from pumice.kernels.compute import kernel_name, multiplies_fast
+from pumice.kernels.compute import kernel_name
 from pumice.kernels.packed import PackedMatrix, packed_size
 from pumice.model.cache import BLOCK, KVCache
-from pumice.model.llava import Llava
+from pumice.model.llava import Llava, make_tower
 from pumice.model.quantized import KINDS, kind_of, swap
-from pumice.model.quantized_vision import quantize_vision
+from pumice.model.quantized_vision import quantize_vision, quantized_shapes
 from pumice.model.vision import WideningLinear
 from pumice.processor import Processor
 from pumice.storage.memory import free_on
@@ -101,7 +101,9 @@ def plan_ask(source: str, device: str | None = None) -> AskPlan:
         prompt_tokens, image_tokens, image_seconds = _measure_image(loaded, place, quantized=False)
         quantized_seconds = image_seconds
         kinds = [None, *(KINDS if can_quantize(loaded.config.decoder) else ())]
-        if kinds[1:] and place.type == "cpu" and multiplies_fast():
+        with torch.device("meta"):
+            tower = make_tower(loaded.config.vision)
+        if kinds[1:] and place.type == "cpu" and quantized_shapes(tower):
             quantized_seconds = _measure_image(loaded, place, quantized=True)[2]
         # 2. The language model, with weights of each kind.
         costs = tuple(
@@ -258,7 +260,7 @@ def _encoder(loaded: LoadedParts, blocks: int, device: torch.device, quantized: 
     for module in model.modules():
         if isinstance(module, WideningLinear) and stored & {torch.float16, torch.bfloat16}:
             module.weight.data = module.weight.data.half()
-    if quantized and device.type == "cpu":
+    if quantized:
         quantize_vision(model.tower, model.tower.get_parameter)
     return model
 
