@@ -297,14 +297,12 @@ def _messages(values: Record) -> list[Any] | None:
         return None
     if not isinstance(messages, list) or not messages:
         raise InputError(f"'messages' must be a list of messages, found {kind(messages)}")
-    roles = dict.fromkeys(
-        m["role"] for m in messages if isinstance(m, dict) and isinstance(m.get("role"), str)
-    )
-    if "assistant" not in roles and not roles.keys() <= _MESSAGE_ROLES:
-        listed = ", ".join(map(repr, roles))
+    written = [message.get("role") for message in messages if isinstance(message, dict)]
+    said = dict.fromkeys(role for role in written if isinstance(role, str))
+    if "assistant" not in said and not said.keys() <= _MESSAGE_ROLES:
         raise InputError(
-            f"no message is from 'assistant' (they are from {listed}), so there is nothing to learn; roles "
-            "are written 'user' and 'assistant'"
+            f"no message is from 'assistant' (they are from {', '.join(map(repr, said))}), so there is "
+            "nothing to learn; roles are written 'user' and 'assistant'"
         )
     # Arrow writes every key that any message of the file has, without a value where one has it not.
     return [_without_nulls(message) for message in messages]
