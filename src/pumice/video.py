@@ -222,9 +222,13 @@ def _take_animation(path: str, fps: float, count: int) -> tuple[Frames, str]:
 
 def _torn(path: str, kind: str | None) -> str:
     """Return why an animation that has no more frames may lack its end; "" if it does not."""
+    if kind != "GIF":
+        return ""
     # Pillow takes a GIF that is cut off between two frames for a whole one.
-    ending = Path(path).read_bytes()[-64:].rstrip(b"\0\r\n")
-    return "it does not end as a GIF does" if kind == "GIF" and not ending.endswith(b";") else ""
+    with Path(path).open("rb") as file:
+        file.seek(max(0, file.seek(0, io.SEEK_END) - 64))
+        ending = file.read().rstrip(b"\0\r\n")
+    return "" if ending.endswith(b";") else "it does not end as a GIF does"
 
 
 def _take_film(path: str, fps: float, count: int) -> tuple[Frames, str]:

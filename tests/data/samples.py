@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,7 @@ def llava(rows: Sequence[Example], path: Path) -> Rows:
         {
             "id": row.id,
             "image": row.image,
-            "conversations": [
-                {"from": "human", "value": f"<image>\n{row.question}"},
-                {"from": "gpt", "value": row.answer},
-            ],
+            "conversations": turns(row, ("human", "gpt")),
         }
         for row in rows
     ]
@@ -63,6 +61,40 @@ def llava(rows: Sequence[Example], path: Path) -> Rows:
 
 def jsonl(path: Path, values: Sequence[Any]) -> Path:
     path.write_text("".join(json.dumps(value) + "\n" for value in values), "utf-8")
+    return path
+
+
+def turns(row: Example, speakers: tuple[str, str], image: str = "<image>\n") -> list[dict[str, str]]:
+    texts = (f"{image}{row.question}", row.answer)
+    return [{"from": s, "value": t} for s, t in zip(speakers, texts, strict=True)]
+
+
+def dialogue(question: Any, answer: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def nested(e: Examples) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": r.id,
+            "image": {"bytes": e.bytes_of(r), "path": "same.png"},
+            "conversations": turns(r, ("human", "gpt")),
+        }
+        for r in e.rows
+    ]
+
+
+def asked_about(e: Examples, **more: Any) -> list[dict[str, Any]]:
+    return [{"id": r.id, "image": r.image, "question": r.question, "answer": r.answer} | more for r in e.rows]
+
+
+def pack(path: Path, files: Mapping[str, bytes]) -> Path:
+    """Write a tar of files by their names."""
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
     return path
 
 

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import re
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -276,16 +277,25 @@ def test_a_first_row_that_is_damaged_spoils_no_other(tmp_path: Path) -> None:
         assert [row for row, _, _ in problems(Rows(tmp_path / "r"), tmp_path)] == [1]
 
 
-def test_pictures_with_texts_beside_them(examples: Examples, tmp_path: Path) -> None:
+@pytest.fixture
+def packing(examples: Examples) -> str:
+    """The command with which a refusal of pictures with texts beside them says how to pack them."""
     for number in range(12):
         (examples.folder / f"{number:02}.txt").write_text(f"A cat, {number}.")
     with pytest.raises(InputError, match="beside each a file of its name; pack them") as caught:
         Rows(examples.folder)
-    command = str(caught.value).rpartition(": ")[2]
-    version = subprocess.run(["tar", "--version"], capture_output=True, text=True, check=False).stdout
-    if "GNU" not in version:
-        pytest.skip("this tar does not sort")
-    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    return str(caught.value).rpartition(": ")[2]
+
+
+def test_pictures_with_texts_beside_them(packing: str, examples: Examples) -> None:
+    assert packing == f"tar --sort=name -cf rows.tar -C '{examples.folder}' ."
+
+
+def test_pictures_and_texts_that_are_packed_as_told(packing: str, tmp_path: Path) -> None:
+    tar = shutil.which("tar")
+    if tar is None or b"GNU tar" not in subprocess.check_output([tar, "--version"]):
+        pytest.skip("the command is for GNU tar, which is not installed")
+    subprocess.run(packing, shell=True, cwd=tmp_path, check=True)
     assert [row.turns[1][1] for row in Rows(tmp_path / "rows.tar")] == [f"A cat, {n}." for n in range(12)]
 
 

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import base64
-import csv
-import io
 import json
-import pickle
 import re
 import shutil
-import tarfile
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
-from samples import Example, Examples, jsonl, llava
+from samples import Example, Examples, dialogue, jsonl, llava, nested, turns
 
 from pumice.data.mapping import RowMapping
 from pumice.data.rows import ImageFinder, Rows
-from pumice.data.sources import columns
-from pumice.data.sources.recognise import Part
-from pumice.errors import InputError
-from pumice.images import open_image
 
 Written = Path | tuple[Path, RowMapping]
 Writer = Callable[[Path, Examples], Written]
@@ -51,15 +41,6 @@ def writes(
 
 def asked(question: str) -> Callable[[Example], Example]:
     return lambda row: replace(row, question=question)
-
-
-def turns(row: Example, speakers: tuple[str, str], image: str = "<image>\n") -> list[dict[str, str]]:
-    texts = (f"{image}{row.question}", row.answer)
-    return [{"from": s, "value": t} for s, t in zip(speakers, texts, strict=True)]
-
-
-def dialogue(question: Any, answer: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 @writes("LLaVA JSON")
@@ -297,17 +278,6 @@ def _(out: Path, e: Examples) -> Path:
     return out / "r.tsv"
 
 
-def nested(e: Examples) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": r.id,
-            "image": {"bytes": e.bytes_of(r), "path": "same.png"},
-            "conversations": turns(r, ("human", "gpt")),
-        }
-        for r in e.rows
-    ]
-
-
 @writes("parquet")
 def _(out: Path, e: Examples) -> Path:
     pyarrow = pytest.importorskip("pyarrow")
@@ -398,227 +368,3 @@ def test_the_table_of_the_documentation_has_a_test_for_each_line() -> None:
     table = text.split("| format |", 1)[1].split("\n\n", 1)[0]
     names = re.findall(r"^\| ([^|]+?) \|", table, re.MULTILINE)
     assert [name for name in names if not name.startswith("-")] == list(WRITERS)
-
-
-def asked_about(e: Examples, **more: Any) -> list[dict[str, Any]]:
-    return [{"id": r.id, "image": r.image, "question": r.question, "answer": r.answer} | more for r in e.rows]
-
-
-def as_base64(e: Examples, kind: str) -> list[dict[str, Any]]:
-    values = asked_about(e)
-    for value in values:
-        buffer = io.BytesIO()
-        Image.open(e.folder / value["image"]).save(buffer, kind, lossless=True)
-        # Python's own `encodebytes` breaks lines.
-        value["image"] = base64.encodebytes(buffer.getvalue()).decode()
-    return values
-
-
-def table(e: Examples, delimiter: str, first: str = "id", lead: str = "") -> str:
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, delimiter=delimiter, lineterminator="\r\n")
-    writer.writerow([first, "image", "question", "answer"])
-    writer.writerows([value.values() for value in asked_about(e)])
-    return lead + buffer.getvalue()
-
-
-# Other ways in which people write the same rows: the text of a file, and whether it has ids.
-VARIANTS: dict[str, tuple[Callable[[Examples], str], bool]] = {
-    "a list in an object": (lambda e: json.dumps({"name": "x", "data": asked_about(e)}), True),
-    "a list in an object, indented": (lambda e: json.dumps({"rows": asked_about(e)}, indent=2), True),
-    "objects over several lines": (
-        lambda e: "\n".join(json.dumps(v, indent=1) for v in asked_about(e)),
-        True,
-    ),
-    "paths of Windows": (
-        lambda e: "\n".join(json.dumps(v | {"image": ".\\" + v["image"]}) for v in asked_about(e)),
-        True,
-    ),
-    "a table with an index of pandas": (lambda e: table(e, ",", ""), False),
-    "a table of Excel": (lambda e: table(e, ";", lead="\ufeff"), True),
-    "a picture as base64, PNG": (lambda e: "\n".join(map(json.dumps, as_base64(e, "PNG"))), True),
-    "a picture as base64, WebP": (lambda e: "\n".join(map(json.dumps, as_base64(e, "WEBP"))), True),
-    "a picture as base64, BMP": (lambda e: "\n".join(map(json.dumps, as_base64(e, "BMP"))), True),
-}
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_other_ways_to_write_the_same_rows(name: str, examples: Examples, tmp_path: Path) -> None:
-    write, has_ids = VARIANTS[name]
-    # Pictures are found beside the rows.
-    path = examples.folder / "rows"
-    path.write_text(write(examples), "utf-8", newline="")
-    rows, finder = Rows(path), ImageFinder(tmp_path)
-    assert [row.turns for row in rows] == [
-        (("human", f"<image>\n{r.question}"), ("gpt", r.answer)) for r in examples.rows
-    ]
-    assert not has_ids or [row.id for row in rows] == [r.id for r in examples.rows]
-    for row, example in zip(rows, examples.rows, strict=True):
-        image = open_image(row.find(row.image[0], finder))
-        assert image.tobytes() == open_image(examples.folder / example.image).tobytes()
-
-
-def test_a_table_of_pictures_whose_name_begins_large(examples: Examples, tmp_path: Path) -> None:
-    shutil.copytree(examples.folder, tmp_path / "set" / "deep")
-    text = "file_name,text\n" + "".join(f"{n:02}.png,A cat.\n" for n in range(12))
-    (tmp_path / "set" / "deep" / "Metadata.csv").write_text(text)
-    assert [row.image for row in Rows(tmp_path / "set")] == [(f"deep/{n:02}.png",) for n in range(12)]
-
-
-def test_a_folder_of_classes_with_their_names_beside_it(examples: Examples, tmp_path: Path) -> None:
-    for name in ("cat", "dog"):
-        shutil.copytree(examples.folder, tmp_path / "set" / name)
-    (tmp_path / "set" / "classes.txt").write_text("cat\ndog\n")
-    (tmp_path / "set" / "desktop.ini").write_text("[.ShellClassInfo]\n")
-    assert [row.turns[1][1] for row in Rows(tmp_path / "set")] == ["cat"] * 12 + ["dog"] * 12
-
-
-@pytest.mark.parametrize("form", ["conversations", "texts", "messages"])
-def test_a_list_as_the_json_of_a_tar(form: str, examples: Examples, tmp_path: Path) -> None:
-    row = examples.rows[0]
-    values: dict[str, list[dict[str, str]]] = {
-        "conversations": turns(row, ("human", "gpt"), ""),
-        "texts": [{"user": row.question, "assistant": row.answer}],
-        "messages": dialogue(row.question, row.answer),
-    }
-    with tarfile.open(tmp_path / "r.tar", "w") as archive:
-        for ending, data in (("png", examples.bytes_of(row)), ("json", json.dumps(values[form]).encode())):
-            member = tarfile.TarInfo(f"a.{ending}")
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    [read] = Rows(tmp_path / "r.tar")
-    assert [text.removeprefix("<image>").strip() for _, text in read.turns] == [row.question, row.answer]
-    assert len(read.image) == 1
-
-
-@pytest.mark.parametrize(
-    ("values", "answer"),
-    [
-        # MathVista's choices may be numbers, MMMU's and MathVision's open questions have no choices.
-        ({"image": "a.png", "question": "How many?", "choices": ["2", "3", "4"], "answer": "3"}, "3"),
-        ({"image": "a.png", "question": "How many?", "choices": ["135", "145"], "answer": "145"}, "145"),
-        ({"image": "a.png", "question": "How many?", "options": "[]", "answer": "8"}, "8"),
-        ({"image": "a.png", "question": "How many?", "options": [], "answer": "0"}, "0"),
-        # Names of files that are a part of the text.
-        ({"instruction": "What is it?", "input": "https://x.org/a.jpg", "output": "A jpg."}, "A jpg."),
-        ({"query": "And this?", "response": "Another.", "history": [["a.jpg", "b.png"]]}, "Another."),
-    ],
-)  # fmt: skip
-def test_rows_that_only_look_wrong(values: dict[str, Any], answer: str, tmp_path: Path) -> None:
-    assert Rows(jsonl(tmp_path / "r", [values]))[0].turns[-1] == ("gpt", answer)
-
-
-def test_a_file_of_json_for_each_picture(examples: Examples, tmp_path: Path) -> None:
-    values = {value["image"]: value for value in asked_about(examples)}
-    for name, value in values.items():
-        (examples.folder / name).with_suffix(".json").write_text(json.dumps(value, indent=1))
-    rows, finder = Rows(examples.folder), ImageFinder(tmp_path)
-    assert [row.id for row in rows] == [value["id"] for _, value in sorted(values.items())]
-    assert rows[5].find(rows[5].image[0], finder) == examples.folder / "05.png"
-
-
-def test_a_packed_file_of_another_split_is_not_looked_at(tmp_path: Path) -> None:
-    jsonl(tmp_path / "train.jsonl", [{"question": "What?", "answer": "A cat."}])
-    (tmp_path / "test.jsonl.gz").write_bytes(b"\x1f\x8b")
-    assert len(Rows(tmp_path, part=Part("train"))) == 1
-    with pytest.raises(InputError, match="is packed with gzip; unpack it first"):
-        Rows(tmp_path, part=Part("test"))
-
-
-def test_a_table_that_belongs_to_a_sample(examples: Examples, tmp_path: Path) -> None:
-    row = examples.rows[0]
-    values = json.dumps({"question": row.question, "answer": row.answer}).encode()
-    with tarfile.open(tmp_path / "r.tar", "w") as archive:
-        for ending, data in (("png", examples.bytes_of(row)), ("json", values), ("csv", b"a,b\n1,2\n")):
-            member = tarfile.TarInfo(f"chart.{ending}")
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    assert [read.turns[1] for read in Rows(tmp_path / "r.tar")] == [("gpt", row.answer)]
-
-
-def test_splits_are_chosen_by_name(examples: Examples, tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        (tmp_path / "set" / split).mkdir(parents=True)
-        llava(examples.rows[: 3 if split == "test" else 5], tmp_path / "set" / split / "rows.json")
-    assert len(Rows(tmp_path / "set", part=Part(split="test"))) == 3
-    assert len(Rows(tmp_path / "set" / "*" / "rows.json", part=Part(split="train"))) == 5
-    for part, message in (
-        (None, "has the splits test, train; say which, for example split: test"),
-        (Part(split="dev"), "has no split 'dev'; it has test, train"),
-        (Part(revision="v1"), "revision: v1 is for sets on the hub"),
-        (Part(config="c"), "has no config 'c'; it has test, train"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Rows(tmp_path / "set", part=part)
-    # Beside a test split, files without a name of a split are for training.
-    (tmp_path / "set" / "train").rename(tmp_path / "set" / "mine")
-    assert len(Rows(tmp_path / "set", part=Part(split="train"))) == 5
-
-
-@pytest.mark.parametrize("group", [3, 7, 24])
-def test_rows_of_any_row_group_are_read_once_a_block(
-    group: int, examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rows of blocks of two, in any order: small row groups are read for each block, large ones once."""
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    table = pyarrow.Table.from_pylist([r | {"day": date(2026, 1, 1)} for r in nested(examples)])
-    parquet.write_table(table, tmp_path / "r.parquet", row_group_size=group)
-    monkeypatch.setattr(columns, "BLOCK", 2)
-    reads: list[tuple[int, int, int]] = []
-    batches = columns._batches
-    monkeypatch.setattr(columns, "_batches", lambda path, *a: reads.append(a) or batches(path, *a))
-    rows = Rows(tmp_path / "r.parquet")
-    for index in [*range(23, -1, -1), *range(24)]:
-        row = rows[index]
-        assert (row.id, row.image[0].load()) == (f"r{index}", examples.bytes_of(examples.rows[index]))
-    assert rows.opened.record(0)["day"] == "2026-01-01"
-    large = group > 2 * columns._LARGE
-    assert len(reads) == (1 if large else len({(a // 2, a // group) for a in range(24)}))
-    assert [row.id for row in pickle.loads(pickle.dumps(rows))] == [f"r{n}" for n in range(24)]
-
-
-def on_hub(root: Path, card: str | None) -> Path:
-    """The snapshot of a set in the hub client's cache, as a download leaves it."""
-    repository = root / "datasets--owner--name"
-    snapshot = repository / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(snapshot.name)
-    if card is not None:
-        (snapshot / "README.md").write_text(card)
-    return snapshot
-
-
-CARD = """---
-configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: data/first*
-  - split: test
-    path: [data/second*]
----
-"""
-
-
-@pytest.mark.parametrize("card", [CARD, None])
-def test_a_set_on_the_hub(
-    card: str | None, examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    snapshot = on_hub(tmp_path / "hub", card)
-    names = ("first", "second") if card else ("train-0", "test-0")
-    (snapshot / "data").mkdir()
-    for name, rows in zip(names, (examples.rows[:5], examples.rows[5:8]), strict=True):
-        llava(rows, snapshot / "data" / f"{name}.json")
-    train, test = (Rows("hf://owner/name", part=Part(split=split)) for split in ("train", "test"))
-    assert [row.id for row in train] == [f"r{n}" for n in range(5)]
-    assert [row.id for row in test] == ["r5", "r6", "r7"]
-    assert (train.label, train.source) == ("hf://owner/name", "name")
-    with pytest.raises(
-        ValueError, match="'hf://owner/name' has the splits test, train; say which, for example"
-    ):
-        Rows("hf://owner/name")
-    with pytest.raises(ValueError, match="owner/other is not in the hub's cache and cannot be fetched"):
-        Rows("hf://owner/other")

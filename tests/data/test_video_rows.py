@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from samples import pack, png
 
 from pumice.conversation import StoredImage, Video
 from pumice.data import images
@@ -91,12 +90,6 @@ def test_wrong_rows(tmp_path: Path, values: dict[str, Any], message: str) -> Non
         write(tmp_path, values)[0]
 
 
-def sample(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    archive.addfile(member, io.BytesIO(data))
-
-
 def test_videos_inside_tables_and_archives(tmp_path: Path) -> None:
     """Bytes of a parquet column `video`, members of a tar: the same rows as of a file."""
     pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
@@ -110,18 +103,13 @@ def test_videos_inside_tables_and_archives(tmp_path: Path) -> None:
         {"id": "2", "video": {"bytes": b"broken", "path": None}, "conversations": turns},
     ]
     pq.write_table(pa.Table.from_pylist(table), tmp_path / "rows.parquet")
-    with tarfile.open(tmp_path / "rows.tar", "w") as archive:
-        values = row("<image> beside <video>?", video="elsewhere.mp4") | {"id": "0"}
-        sample(archive, "0.json", json.dumps(values).encode())
-        sample(archive, "0.mp4", clip)
-        picture = io.BytesIO()
-        Image.new("RGB", (8, 8)).save(picture, "PNG")
-        sample(archive, "0.png", picture.getvalue())
-        sample(archive, "1.json", json.dumps({"question": "What?", "answer": "A cat."}).encode())
-        sample(archive, "1.0.webm", clip)
-        sample(archive, "1.1.webm", b"torn")
-        sample(archive, "2.json", json.dumps({"question": "What?", "answer": "A cat."}).encode())
-        sample(archive, "2.wav", b"RIFF")
+    values = row("<image> beside <video>?", video="elsewhere.mp4") | {"id": "0"}
+    asked = json.dumps({"question": "What?", "answer": "A cat."}).encode()
+    files = {
+        "0.json": json.dumps(values).encode(), "0.mp4": clip, "0.png": png(0),
+        "1.json": asked, "1.0.webm": clip, "1.1.webm": b"torn", "2.json": asked, "2.wav": b"RIFF",
+    }  # fmt: skip
+    pack(tmp_path / "rows.tar", files)
     finder = ImageFinder(tmp_path)
     for rows, count in ((Rows(tmp_path / "rows.parquet"), 3), (Rows(tmp_path / "rows.tar"), 2)):
         conversation = rows[0].conversation(finder)

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pumice.boxes import BoxError
 from pumice.conversation import IMAGE_PLACEHOLDER, ImagePart, Message, Objects, check_media
 from pumice.data.objects import ask_for, is_objects, read_objects
 from pumice.data.pictures import (
@@ -27,7 +26,7 @@ from pumice.data.pictures import (
 )
 from pumice.data.sources.json_text import kind
 from pumice.data.sources.source import Record
-from pumice.errors import InputError
+from pumice.errors import InputError, RowError
 from pumice.messages import read_messages
 
 Turns = list[tuple[str, str]]
@@ -44,14 +43,14 @@ _CAPTIONS = ("caption", "captions", "text", "label")
 # Columns that say something about a picture. A row without them is asked for its `objects`.
 _WORDS = {*_QUESTIONS, *_ANSWERS, *_CAPTIONS, "conversations", "messages", "prompt", "completion", "texts"}
 # What questions and answers are called in sets that name their columns in other ways, for an example.
-_ASK = ("prompt", "question", "query", "instruction", "user", "problem", "input", "ask")
-_REPLY = ("response", "completion", "answer", "assistant", "solution", "output", "reply", "target")
+_ASK = ("prompt", *_QUESTIONS, "user", "problem", "input", "ask")
+_REPLY = (*_ANSWERS, "completion", "assistant", "solution", "reply", "target")
 _IDS = ("id", "question_id", "__key__")
 # Columns that are read, so that a file's name in one is text.
 _READ = {*_WORDS, *_IDS, *MEDIA, "input", "system", "history"}
 
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
-_ROLES = {"user", "assistant", "system", "developer", "tool", "None"}
+_MESSAGE_ROLES = {"user", "assistant", "system", "developer", "tool"}
 _QWEN_IMAGE = re.compile(r"(?:Picture \d+: ?)?<img>(.*?)</img>\n?")
 
 _DEFAULT_QUESTIONS = {"label": "What is shown in this picture?"}
@@ -126,8 +125,8 @@ class RowMapping:
             text = str(error)
             if text.startswith(place):
                 raise
-            if isinstance(error, BoxError):
-                raise BoxError(error.kind, f"{place}: {text}") from error
+            if isinstance(error, RowError):
+                raise type(error)(error.kind, f"{place}: {text}") from error
             raise InputError(f"{place}: {text}") from error
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             # Lists and objects where others belong, at any depth: a row must not end a check or a run.
@@ -298,12 +297,12 @@ def _messages(values: Record) -> list[Any] | None:
         return None
     if not isinstance(messages, list) or not messages:
         raise InputError(f"'messages' must be a list of messages, found {kind(messages)}")
-    said = [str(message.get("role")) for message in messages if isinstance(message, dict)]
-    if "assistant" not in said and not {*said} <= _ROLES:
-        listed = ", ".join(map(repr, dict.fromkeys(said)))
+    written = [message.get("role") for message in messages if isinstance(message, dict)]
+    said = dict.fromkeys(role for role in written if isinstance(role, str))
+    if "assistant" not in said and not said.keys() <= _MESSAGE_ROLES:
         raise InputError(
-            f"no message is from 'assistant' (they are from {listed}), so there is nothing to learn; roles "
-            "are written 'user' and 'assistant'"
+            f"no message is from 'assistant' (they are from {', '.join(map(repr, said))}), so there is "
+            "nothing to learn; roles are written 'user' and 'assistant'"
         )
     # Arrow writes every key that any message of the file has, without a value where one has it not.
     return [_without_nulls(message) for message in messages]
@@ -366,10 +365,11 @@ def _check_choices(values: Record, name: str, answer: Any) -> None:
 
     A text of digits that is itself one of the choices, or larger than their number, is the answer's text.
     """
-    if re.fullmatch(r"\d{1,4}", str(answer)) is None:
+    columns = [column for column in ("choices", "options") if column in values]
+    if not columns or re.fullmatch(r"\d{1,4}", str(answer)) is None:
         return
-    for column in ("choices", "options"):
-        choices = structured(values.get(column))
+    for column in columns:
+        choices = structured(values[column])
         if not isinstance(choices, list | dict) or not choices or int(answer) > len(choices):
             continue
         texts = choices.values() if isinstance(choices, dict) else choices

@@ -13,7 +13,7 @@ from typing import Any
 from pumice.conversation import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, StoredImage, Video
 from pumice.data.sources.folders import PICTURES
 from pumice.data.sources.source import Record
-from pumice.errors import InputError, shorten
+from pumice.errors import InputError, counted, shorten
 from pumice.messages import decode_data_url
 
 Image = str | StoredImage | Video  # the name of a file, a picture inside the source, or a video's file
@@ -47,8 +47,8 @@ def place_videos(turns: list[tuple[str, str]], images: list[Image], videos: list
         return [*images, *videos]
     if sum(order) != len(videos):
         raise InputError(
-            f"{sum(order)} {VIDEO_PLACEHOLDER} for {len(videos)} video{'s' * (len(videos) != 1)}; write one "
-            "placeholder per video"
+            f"{sum(order)} {VIDEO_PLACEHOLDER} for {counted(len(videos), 'video')}; write one placeholder "
+            "per video"
         )
     rest = {True: iter(videos), False: iter(images)}
     # Where pictures are too few or too many, the number of placeholders says so later.
@@ -152,15 +152,15 @@ def is_base64(value: str) -> bool:
 
 def names_picture(value: Any) -> bool:
     """Whether a value is the path, the address or the contents of a picture, or a list of them."""
+    if isinstance(value, str):
+        if len(value) < _LONGEST_PATH and value.lower().endswith(PICTURES):
+            return "\n" not in value
+        return value[:11].lower() == "data:image/" or is_base64(value)
     if isinstance(value, list):
         return bool(value) and all(map(names_picture, value))
     if isinstance(value, Mapping):
         return any(names_picture(value.get(key)) for key in ("path", "url", "bytes"))
-    if not isinstance(value, str):
-        return is_stored(value) or isinstance(value, bytes)
-    if value[:11].lower() == "data:image/" or is_base64(value):
-        return True
-    return value.lower().endswith(PICTURES) and len(value) < _LONGEST_PATH and "\n" not in value
+    return isinstance(value, StoredImage | bytes)
 
 
 def is_stored(value: Any) -> bool:

@@ -43,7 +43,7 @@ class ImageFile:
     problem: Callable[[], str] = field(default=lambda: "", compare=False, repr=False)
 
     def source(self) -> Path | bytes | Video:
-        """Return the path or the bytes of the image. Raises InputError when it is missing or damaged."""
+        """Return the path or the bytes of the image, or the video. Raises InputError when it is missing."""
         return self.load()
 
 

@@ -51,6 +51,14 @@ _PACKED = {
     b"(\xb5/\xfd": "zstd",
 }
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+# Formats that hold no rows, and what is said of such a file. In a folder it is left out.
+_WITHOUT_ROWS = {
+    "other": "is no text file; give rows as JSON or JSON Lines",
+    "text": (
+        "is neither JSON nor a table of several columns; write one JSON object per line, or a first line "
+        "with the columns' names"
+    ),
+}
 _HEAD = 1 << 16  # bytes of a file that tell its format
 
 
@@ -96,7 +104,10 @@ def is_missing(path: str) -> bool:
 
 
 def format_of(path: Path) -> str:
-    """Return the format of a file by its contents: one of OPENERS, or text or other, which hold no rows."""
+    """Return the format of a file by its contents: one of `OPENERS` or of `_WITHOUT_ROWS`.
+
+    Raises InputError for a file that may hold rows in a way that is not read, such as a packed one.
+    """
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD)
@@ -150,13 +161,8 @@ def _open_files(paths: Sequence[Path], label: str) -> Source:
     """Return the rows of some files. Raises InputError if one of them cannot hold rows."""
     formats = {path: format_of(path) for path in paths}
     for path, name in formats.items():
-        if name == "other":
-            raise InputError(f"'{path}' is no text file; give rows as JSON or JSON Lines")
-        if name == "text":
-            raise InputError(
-                f"'{path}' is neither JSON nor a table of several columns; write one JSON object per "
-                "line, or a first line with the columns' names"
-            )
+        if name in _WITHOUT_ROWS:
+            raise InputError(f"'{path}' {_WITHOUT_ROWS[name]}")
     return _open_formats(formats, label)
 
 
@@ -196,7 +202,7 @@ def _open_folder(folder: Path, part: Part, label: str) -> Source:
             formats[path] = format_of(path)
         except InputError as error:  # told where the file is of the chosen part
             refused[path] = error
-    files = [path for path in files if path in refused or formats[path] in OPENERS]
+    files = [path for path in files if path in refused or formats[path] not in _WITHOUT_ROWS]
     if files:
         chosen = _of_part(files, folder, part, label)
         for path in chosen:

@@ -299,9 +299,7 @@ def _values(rows: Rows, folder: Path, box_map: BoxMaps) -> Iterator[dict[str, An
 def _with_boxes(row: Row, folder: Path, box_map: BoxMaps) -> tuple[Row, dict[str, Any]]:
     """Return a row with its boxes in its texts; and, if its first answer has some, what is right instead."""
     conversation, objects = row.conversation(None), row.objects or Objects()
-    # `row.conversation` has refused videos.
-    images = [_image(folder, image) for image in row.image if not isinstance(image, Video)]
-    sizes = [image_size(_picture(image)) for image in images]
+    sizes = [_size(_image(folder, image)) for image in row.image]
     messages = write_boxes(conversation, [box_map(size, len(sizes)) for size in sizes]).messages
     turns = tuple(("gpt" if m.role == "assistant" else m.role, m.text) for m in messages)
     answer = next(n for n, message in enumerate(messages) if message.role == "assistant")
@@ -361,8 +359,6 @@ def _question(row: dict[str, Any], label: str, folder: Path, number: int, box_ma
         raise InputError(
             f"{error_prefix}: {column!r} names a picture, and is not read as one; call it 'image'"
         )
-    if metric == "box" and any(isinstance(name, Video) for name in names):
-        raise InputError(f"{error_prefix}: the metric 'box' needs one picture, found a video")
     if metric == "box":
         meta |= _right_boxes(row, images, box_map, error_prefix)
     return Question(str(row.get("id", number)), images, prompt, meta)
@@ -378,18 +374,20 @@ def _right_boxes(
     if len(images) != 1:
         raise InputError(f"{error_prefix}: the metric 'box' needs one picture, found {len(images)}")
     try:
+        size = _size(images[0])
         objects = read_objects({"bbox": boxes, "bbox_type": row.get("bbox_type")})
         check_boxes(objects, 1)
-        size = image_size(_picture(images[0]))
         return {"boxes": picture_boxes(objects, [size]), "box_map": box_map(size, 1)}
     except InputError as error:
         raise InputError(f"{error_prefix}: {error}") from error
 
 
-def _picture(image: ImageFile) -> Path | bytes:
+def _size(image: ImageFile) -> Size:
+    """Return the size (width, height) of a picture. Raises InputError, also for a video."""
     source = image.source()
-    assert not isinstance(source, Video)  # a row with boxes has none
-    return source
+    if isinstance(source, Video):
+        raise InputError("the metric 'box' needs one picture, found a video")
+    return image_size(source)
 
 
 def _image(folder: Path, image: Image) -> ImageFile:

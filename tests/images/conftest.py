@@ -1,0 +1,8 @@
+"""Pictures that test files make."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `pictures`, which test files import
