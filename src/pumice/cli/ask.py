@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ def ask(
     *images, question = arguments or [""]
     _check_question(images, question)
     for path in images:
-        if not Path(path).exists() and not _is_image_path(path) and "/" not in path:
+        if not os.path.exists(path) and not _is_image_path(path) and "/" not in path:
             raise InputError(
                 f"there is no picture or video {path!r}; if it belongs to the question, put the question in "
                 'quotes: pumice ask dog.jpg "What is this?"'
@@ -105,9 +105,8 @@ def _check_drawing(out: Path, images: list[str]) -> None:
 
 
 def _is_image_path(text: str) -> bool:
-    with contextlib.suppress(OSError, ValueError):  # a long question cannot be a file name
-        if Path(text).is_file():
-            return True
+    if os.path.isfile(text):  # False for a long question, where Path.is_file raises
+        return True
     suffixes = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
     return text.lower().endswith(suffixes) and len(text.split()) == 1
 
@@ -118,7 +117,7 @@ def _open(path: str, frames: int | None) -> Any:
     from pumice.images import is_animated, open_image
     from pumice.video import is_video
 
-    shown = Path(path).is_file() and (is_video(path) or (frames is not None and is_animated(path)))
+    shown = os.path.isfile(path) and (is_video(path) or (frames is not None and is_animated(path)))
     return Video(path, frames) if shown else open_image(path)
 
 
@@ -303,4 +302,4 @@ def _paths(values: dict[str, Any], key: str, folder: Path) -> list[str | Path]:
     paths = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
         raise InputError(f"{key!r} must be a path or a list of paths")
-    return [found if (found := folder / path).exists() else path for path in paths]
+    return [found if os.path.exists(found := folder / path) else path for path in paths]
