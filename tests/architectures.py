@@ -42,6 +42,16 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 HALF = (0.5, 0.5, 0.5)
 
 
+def perturbed(build: Callable[[], Any]) -> Any:
+    """Build a module with random parameters, also where fresh ones are all zero (biases) or one (norms)."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = build().eval()
+        for parameter in module.parameters():
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
+    return module
+
+
 def sentencepiece(legacy: bool = True) -> Tokenizer:
     """As Llama's, with its bytes; 3 control tokens. legacy: each piece of text begins with a space."""
     learner = Tokenizer(models.BPE())

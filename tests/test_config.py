@@ -152,16 +152,14 @@ def test_left_out_keys_take_their_defaults() -> None:
         ),
         (("vision", "stride"), 0, "config.json: vision: stride must be 1 or more, not 0"),
         (("connector", "factor"), 0, "config.json: connector: factor must be 1 or more, not 0"),
-        (
-            ("image", "std"),
-            [0.0, 1.0, 1.0],
-            "config.json: image: pixels cannot be divided by a std of (0.0, 1.0, 1.0); use 1e-06 to 1e+06",
-        ),
-        (
-            ("image", "std"),
-            [1.0, 1.0, 1e300],
-            "config.json: image: pixels cannot be divided by a std of (1.0, 1.0, 1e+300); use 1e-06 to 1e+06",
-        ),
+        *[
+            (
+                ("image", "std"),
+                std,
+                f"config.json: image: pixels cannot be divided by a std of {tuple(std)}; use 1e-06 to 1e+06",
+            )
+            for std in ([0.0, 1.0, 1.0], [1.0, 1.0, 1e300])
+        ],
         (
             ("image", "mean"),
             [0.5, 0.5, 1e30],

@@ -217,6 +217,8 @@ def test_bits_reach_the_model(run: Any, tiny_folder: Path, word: str, bits: Any)
             ["cat.png", "what", "is", "this"],
             "there is no picture or video 'what'; if it belongs to the question",
         ),
+        (["x" * 300, "What?"], "there is no picture or video"),
+        (["x" * 300 + ".png", "What?"], "File name too long"),
         (["https://example.org/cat.png", "What?"], "is a web address; save the picture"),
         (["--batch", "missing.jsonl", "--out", "o.jsonl"], "'missing.jsonl' cannot be read"),
     ],
@@ -287,6 +289,7 @@ def test_videos_in_a_batch(run: Any, folder: Path, tiny_folder: Path) -> None:
         {"id": 5, "video": "cat.png", "image": "cat.png", "question": "<image>?"},
         {"id": 7, "video": [""], "question": "What?"},
         {"id": 8, "video_path": "clip.gif", "question": "What?"},
+        {"id": 9, "image": "x" * 300, "question": "What?"},
     ]
     write_rows(folder / "in.jsonl", rows)
     command = ("ask", "--batch", "in.jsonl", "--out", "out.jsonl", *SHORT)
@@ -304,7 +307,7 @@ def test_videos_in_a_batch(run: Any, folder: Path, tiny_folder: Path) -> None:
     assert [answer["answer"] for answer in answers[:5]] == expected
     for answer, words in zip(answers[5:], (
         "there is no video no.mp4", "0 <video> for 1 video",
-        "'video' must be a path or a list of paths", "did you mean 'video'?",
+        "'video' must be a path or a list of paths", "did you mean 'video'?", "File name too long",
     ), strict=True):  # fmt: skip
         assert words in answer["error"]
 

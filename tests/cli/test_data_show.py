@@ -85,7 +85,7 @@ def test_one_of_our_models_says_its_own(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("own", "describes no chat format; name one with --template"),
+        ("own", "has no chat template; name its format with --template, one of: "),
         ("chatml", r"the tokenizer has no token '<\|im_start\|>', which the template needs"),
         ("vicuna", "unknown template 'vicuna'; did you mean 'vicuna_v1'"),
     ],

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,7 +66,7 @@ def ask(
     *images, question = arguments or [""]
     _check_question(images, question)
     for path in images:
-        if not Path(path).exists() and not _is_image_path(path) and "/" not in path:
+        if not os.path.exists(path) and not _is_image_path(path) and "/" not in path:
             raise InputError(
                 f"there is no picture or video {path!r}; if it belongs to the question, put the question in "
                 'quotes: pumice ask dog.jpg "What is this?"'
@@ -105,9 +105,8 @@ def _check_drawing(out: Path, images: list[str]) -> None:
 
 
 def _is_image_path(text: str) -> bool:
-    with contextlib.suppress(OSError, ValueError):  # a long question cannot be a file name
-        if Path(text).is_file():
-            return True
+    if os.path.isfile(text):  # False for a long question, where Path.is_file raises
+        return True
     suffixes = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
     return text.lower().endswith(suffixes) and len(text.split()) == 1
 
@@ -118,14 +117,19 @@ def _open(path: str, frames: int | None) -> Any:
     from pumice.images import is_animated, open_image
     from pumice.video import is_video
 
-    shown = Path(path).is_file() and (is_video(path) or (frames is not None and is_animated(path)))
+    shown = os.path.isfile(path) and (is_video(path) or (frames is not None and is_animated(path)))
     return Video(path, frames) if shown else open_image(path)
 
 
-def _check_frames(frames: int | None, images: Iterable[Any]) -> None:
+def _videos(images: Iterable[Any]) -> int:
+    """Return how many of what is shown are videos."""
     from pumice.conversation import Video
 
-    if frames is not None and not any(isinstance(image, Video) for image in images):
+    return sum(isinstance(image, Video) for image in images)
+
+
+def _check_frames(frames: int | None, images: Iterable[Any]) -> None:
+    if frames is not None and not _videos(images):
         raise InputError("--frames is for a video or an animation, and none is shown; leave it out")
 
 
@@ -139,12 +143,12 @@ def _ask_one(
     frames: int | None,
     out: Path | None,
 ) -> None:
-    from pumice.conversation import Conversation, Video, question_message
+    from pumice.conversation import Conversation, question_message
 
     # Before torch is imported, so that a wrong path fails at once.
     opened = [_open(path, frames) for path in images]
     _check_frames(frames, opened)
-    if out is not None and isinstance(opened[-1], Video):
+    if out is not None and _videos(opened[-1:]):
         raise InputError(f"--out {out} draws boxes on a picture, {images[-1]!r} is a video; leave it out")
     options.share_cores()
     from pumice.assistant import CHUNK_SHOWN
@@ -166,8 +170,7 @@ def _ask_one(
         print()
     if out is not None:
         # Of several pictures, boxes are of the last. A model that knows videos counts no frame as a picture.
-        videos = sum(isinstance(each, Video) for each in opened)
-        shown = len(opened) - (0 if assistant.model.config.video is None else videos)
+        shown = len(opened) - (0 if assistant.model.config.video is None else _videos(opened))
         count = len(assistant.boxes(opened[-1], answer, images=shown))
         with replacing(out) as file:
             drawn = assistant.draw(opened[-1], answer, images=shown)
@@ -282,32 +285,21 @@ def _read_row(line: str, number: int, folder: Path, frames: int | None) -> _Row:
     question = values.get("question")
     try:
         check_media(values, f"line {number}", videos=True)
-        images = _paths(values, "image")
-        videos = _paths(values, "video") or _paths(values, "videos")
+        shown: list[Any] = _paths(values, "image", folder)
+        videos = _paths(values, "video", folder) or _paths(values, "videos", folder)
         if not isinstance(question, str):
             return _Row(row_id, error="'question' is missing or not text")
         if videos:
-            shown, question = beside(images, [Video(path, frames) for path in videos], question)
-        else:
-            shown = list(images)
+            shown, question = beside(shown, [Video(path, frames) for path in videos], question)
     except InputError as error:
         return _Row(row_id, error=str(error))
-    return _Row(row_id, tuple(_found(each, folder) for each in shown), question)
+    return _Row(row_id, tuple(shown), question)
 
 
-def _paths(values: dict[str, Any], key: str) -> list[str]:
+def _paths(values: dict[str, Any], key: str, folder: Path) -> list[str | Path]:
     """Return the paths that a row has under a key. Raises InputError where anything else stands there."""
     value = values.get(key)
     paths = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
         raise InputError(f"{key!r} must be a path or a list of paths")
-    return paths
-
-
-def _found(image: Any, folder: Path) -> Any:
-    """Return the path of a picture, or a video, in `folder` or else in the working folder."""
-    from pumice.conversation import Video
-
-    name = image.name if isinstance(image, Video) else image
-    path = candidate if (candidate := folder / name).exists() else name
-    return replace(image, source=path) if isinstance(image, Video) else path
+    return [found if os.path.exists(found := folder / path) else path for path in paths]

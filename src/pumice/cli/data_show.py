@@ -224,7 +224,6 @@ def _draw(row: Row, finder: ImageFinder, config: ModelConfig | None) -> None:
 def _format(template: str, path: Path) -> tuple[Template | Plain, Tokenizer, int | None]:
     """Return the template, the tokenizer and the id of the token that begins a row, if there is one."""
     from pumice.config import ModelConfig
-    from pumice.errors import InputError
     from pumice.formats.gguf.tokenizer import read_gguf_tokenizer
     from pumice.formats.text.read import TextSide
     from pumice.formats.text.tokenizer import read_tokenizer
@@ -238,8 +237,6 @@ def _format(template: str, path: Path) -> tuple[Template | Plain, Tokenizer, int
         model = ModelConfig.from_dict(config)
         chat_format = get_template(model.template if template == OWN else template, model.chat)
         bos = model.bos_token_id
-    elif template == OWN and side.files.chat_template is None:
-        raise InputError(f"{path} describes no chat format; name one with --template")
     else:
         name, chat, writes_bos, _ = side.chat_format(template, str(path))
         chat_format, bos = get_template(name, chat), side.bos_id(writes_bos)

@@ -77,22 +77,26 @@ def open_model(
     the connector compute in fp32 on a CPU. merge: fold LoRA into the weights, as answering wants it; a ViT's
     weights then stay in the type they are stored in. quantize: "int8" or "int4" quantises the decoder's
     matrices, with adapters merged, and on a CPU that multiplies integers fast those of a ViT's MLPs to 8
-    bits. "auto" does so on a CPU with compiled code: to int8, or as they are
-    stored. cache_limit: the GB that converted GGUF files may take in the cache, $PUMICE_CACHE_LIMIT if None.
+    bits. "auto" does so on a CPU with compiled code: to int8, or as they are stored. cache_limit: the GB that
+    converted GGUF files may take in the cache, $PUMICE_CACHE_LIMIT if None.
     cache_tokens: of the KV cache that the model gets on a GPU; None: it is as large as fits. One matrix at a
     time is read and quantised, by the CPU. Those that are stored quantised stay as they are; on a CPU their
     files are mapped. Assumptions are logged. Raises InputError if a part is missing, extra, misshapen or
     cannot be downloaded, or where memory does not suffice.
     """
     loaded = read_model(source, template=template, tower=tower, base=base, mmproj=mmproj)
-    return build(loaded, str(source), torch.device(device), dtype, merge, quantize, cache_limit, cache_tokens)
+    return build(
+        loaded, str(source), torch.device(device), dtype, merge=merge, quantize=quantize,
+        cache_limit=cache_limit, cache_tokens=cache_tokens,
+    )  # fmt: skip
 
 
 def build(
     loaded: LoadedParts,
     label: str,
-    target: torch.device,
+    device: torch.device,
     dtype: torch.dtype,
+    *,
     merge: bool,
     quantize: str | None = None,
     cache_limit: float | None = None,
@@ -101,18 +105,27 @@ def build(
     """Build a model from its parts, as `open_model` does. label: names it in errors."""
     for note in loaded.notes:
         _LOG.warning("%s: %s", label, note)
+    on_cpu = device.type == "cpu"
+    # 1. Without compiled code, quantised weights save memory but no time. So "auto" quantises only if the
+    # model is stored so.
     if quantize == "auto":
-        # Without compiled code, quantised weights save memory but no time. So quantise only if the model is
-        # stored so.
         worthwhile = compute.library() is not None or stored_in_blocks(loaded.config, loaded.state)
-        quantize = (
-            "int8" if target.type == "cpu" and worthwhile and can_quantize(loaded.config.decoder) else None
-        )
-    if quantize is None or target.type != "cpu":
-        check_memory(loaded, label, quantize, target, dtype, cache_tokens)
+        quantize = "int8" if on_cpu and worthwhile and can_quantize(loaded.config.decoder) else None
+    # 2. Refuse what does not fit. On a CPU, quantised weights that are mapped need no memory of their own.
+    if quantize is None or not on_cpu:
+        check_memory(loaded, label, quantize, device, dtype, cache_tokens)
+    processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     if quantize is None:
-        return _build(loaded, label, target, dtype, merge)
-    return _open_quantized(loaded, label, quantize, target, dtype, cache_limit)
+        return Opened(_build(loaded, label, device, dtype, merge), processor, loaded)
+    # 3. Quantise, with adapters merged.
+    state = _quantized(loaded, label, quantize, cache_limit)
+    merged = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, lora=None), state=state)
+    if on_cpu:
+        dtype = torch.float32  # of activations, norms and biases
+        check_memory(merged, label, quantize, device, dtype)
+    model = _build_quantized(merged, device, dtype)
+    model.config = loaded.config
+    return Opened(model, processor, loaded)
 
 
 def new_parts(
@@ -181,28 +194,18 @@ def _follow_products(device: torch.device, dtype: torch.dtype) -> None:
         torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
 
 
-def _build(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.dtype, merge: bool) -> Opened:
-    processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
+def _build(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.dtype, merge: bool) -> Llava:
     model = _empty_model(loaded.config)
     check(loaded.state, _shapes(model), label)
     _fill(model, loaded.state, device, dtype, as_stored=merge)
     if merge:
         merge_lora(model.decoder)
         return_freed_memory()  # the weights before merging
-    return Opened(model, processor, loaded)
+    return model
 
 
-def _open_quantized(
-    loaded: LoadedParts,
-    label: str,
-    bits: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    cache_limit: float | None,
-) -> Opened:
-    """dtype: of activations, norms and biases, where the device is not a CPU; there they are fp32."""
-    dtype = torch.float32 if device.type == "cpu" else dtype
-    processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
+def _quantized(loaded: LoadedParts, label: str, bits: str, cache_limit: float | None) -> LazyStateDict:
+    """Return the tensors with adapters merged and the decoder's matrices quantised, or from the cache."""
     check(loaded.state, shapes(loaded.config), label)
     source = loaded.sources["model"][1] if "model" in loaded.sources else None
     built_in = source is not None and source.parent == BUILT_IN
@@ -212,14 +215,17 @@ def _open_quantized(
         "stores it quantised, and FOLDER opens at once"
     )
     state = quantize_state(loaded.config, loaded.state, bits, "" if built_in or in_gguf else hint)
-    if source is not None and (built_in or in_gguf):  # the same at every start
-        key = _key(source, loaded.parts, bits) if built_in else _gguf_key(weight_files(source), bits)
-        limit = None if cache_limit is None else cache_limit * 1e9
-        state = cached(key, state, limit, "" if built_in else label)
-    config = dataclasses.replace(loaded.config, lora=None)
-    if device.type == "cpu":  # which needs no memory of its own for weights that are mapped now
-        check_memory(dataclasses.replace(loaded, config=config, state=state), label, bits, device, dtype)
-    model = _empty_model(config)
+    if source is None or not (built_in or in_gguf):
+        return state
+    # What comes out is the same at every start.
+    key = _key(source, loaded.parts, bits) if built_in else _gguf_key(weight_files(source), bits)
+    limit = None if cache_limit is None else cache_limit * 1e9
+    return cached(key, state, limit, "" if built_in else label)
+
+
+def _build_quantized(loaded: LoadedParts, device: torch.device, dtype: torch.dtype) -> Llava:
+    """loaded: of `_quantized`'s tensors, which it takes one by one. dtype: of what is not quantised."""
+    model, state = _empty_model(loaded.config), loaded.state
 
     def packed(name: str, _: torch.Tensor) -> PackedMatrix:
         blocks = state.pop(f"decoder.{name}").blocks
@@ -231,8 +237,7 @@ def _open_quantized(
     if device.type == "cpu":
         quantize_vision(model.tower, lambda name: state.pop(f"tower.{name}").read())
     _fill(model, state, device, dtype, as_stored=True)
-    model.config = loaded.config
-    return Opened(model, processor, loaded)
+    return model
 
 
 def _key(source: Path, parts: Mapping[str, str], bits: str) -> str:

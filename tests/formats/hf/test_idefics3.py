@@ -51,15 +51,11 @@ def write_folder(folder: Path, kind: str, models: ModuleType, **changes: Any) ->
         "image_size": SIDE, "patch_size": 2,
     }  # fmt: skip
     name = {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}[kind]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = getattr(transformers, f"{name}Config")(
-            text_config=text, vision_config=vision, image_token_id=tokenizer.token_to_id("<image>"),
-            scale_factor=19,
-        )  # fmt: skip
-        model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
-        for parameter in model.parameters():
-            parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
+    config = getattr(transformers, f"{name}Config")(
+        text_config=text, vision_config=vision, image_token_id=tokenizer.token_to_id("<image>"),
+        scale_factor=19,
+    )  # fmt: skip
+    model = models.perturbed(lambda: getattr(transformers, f"{name}ForConditionalGeneration")(config))
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     files: dict[str, Any] = {

@@ -48,11 +48,7 @@ def folder(models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path
         image_token_index=tokenizer.token_to_id("<image>"), vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = transformers.LlavaForConditionalGeneration(config).eval()
-        for parameter in model.parameters():
-            parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
+    model = models.perturbed(lambda: transformers.LlavaForConditionalGeneration(config))
     model.save_pretrained(target)
     tokenizer.save(str(target / "tokenizer.json"))
     files: dict[str, Any] = {

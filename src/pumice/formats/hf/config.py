@@ -154,15 +154,26 @@ def read_processor(folder: Path) -> tuple[Keys, list[str]]:
     Also returns a note if the older file says something else. Raises InputError if both are missing.
     """
     combined, older = folder / "processor_config.json", folder / "preprocessor_config.json"
-    if not combined.is_file() or "image_processor" not in (keys := Keys.of(combined)):
+    if "image_processor" not in (keys := optional(combined)):
         return Keys.of(older), []
-    processor, others = keys.object("image_processor"), Keys.of(older).values if older.is_file() else {}
+    processor, others = keys.object("image_processor"), optional(older).values
     differing = [
         name for name in processor.values.keys() & others.keys() if processor.values[name] != others[name]
     ]
     if not differing:
         return processor, []
     return processor, [f"{older.name} has another {min(differing)} than {combined.name}, which was read"]
+
+
+def read_video_processor(folder: Path) -> Keys:
+    """Read the video processor's keys, of the same files; without any if there is none."""
+    combined = optional(folder / "processor_config.json").object("video_processor")
+    return combined if combined.values else optional(folder / "video_preprocessor_config.json")
+
+
+def optional(path: Path) -> Keys:
+    """Read the keys of a JSON file; without any if the file is missing."""
+    return Keys.of(path) if path.is_file() else Keys({}, str(path))
 
 
 def image_policy(keys: Keys, vision: VisionConfig) -> ImagePolicy:
@@ -245,10 +256,10 @@ def _rope(keys: Keys, context: int) -> tuple[float, RopeScaling | None]:
     default = keys.defaults.get("rope_theta", 10000.0)
     rope_theta = rope.get("rope_theta", float, keys.get("rope_theta", float, default))
     older = keys.object("rope_scaling")
-    for name, stated in (("rope_theta", keys.values), ("rope_theta", older.values)):
-        if stated.get(name) not in (None, rope_theta):
+    for place in (keys, older):
+        if (stated := place.values.get("rope_theta")) not in (None, rope_theta):
             raise InputError(
-                f"{rope.label}: {name} is {rope_theta:g}, but {shorten(stated[name])} in {keys.label}; "
+                f"{rope.label}: rope_theta is {rope_theta:g}, but {shorten(stated)} in {place.label}; "
                 "correct the wrong one"
             )
     if older.values and _scaling(older, context) != scaling:

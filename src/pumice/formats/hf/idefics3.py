@@ -36,6 +36,7 @@ from pumice.formats.hf.config import (
     decoder_config,
     image_policy,
     read_processor,
+    read_video_processor,
     vision_config,
 )
 from pumice.formats.recognise import check_classes
@@ -99,7 +100,7 @@ def open_idefics3(folder: Path, template: str | None = None) -> LoadedParts:
 def _image(folder: Path, vision: VisionConfig) -> tuple[ImagePolicy, VideoPolicy | None, list[str]]:
     """Read how pictures and videos become tiles, with notes.
 
-    A SmolVLM2 has `video_sampling`, or the `video_processor` with `num_frames` that transformers 5 saves.
+    A SmolVLM2 has `video_sampling`, or a video processor with `num_frames`, as newer transformers save it.
     Raises InputError if tiles have another size than the tower's pictures.
     """
     source, notes = read_processor(folder)
@@ -121,8 +122,7 @@ def _image(folder: Path, vision: VisionConfig) -> tuple[ImagePolicy, VideoPolicy
     # A model that never cuts pictures shows each as one tile, which is resized in both steps as well.
     cuts = keys.get("do_image_splitting", bool, True)
     mode, several = ("split", "tiles") if cuts else ("squash", None)
-    file = folder / "processor_config.json"
-    saved = (Keys.of(file) if file.is_file() else Keys({}, str(file))).object("video_processor")
+    saved = read_video_processor(folder)
     video = None
     if "video_sampling" in keys:
         sampling = keys.object("video_sampling")

@@ -18,13 +18,15 @@ from pumice.formats.hf.config import (
     check_unquantised,
     decoder_config,
     image_policy,
+    optional,
     read_processor,
+    read_video_processor,
     vision_config,
 )
 from pumice.formats.recognise import HF_LLAVAS, check_classes
 from pumice.formats.text.read import read_text_side
 from pumice.media import VideoPolicy
-from pumice.storage.json_file import Keys, read_json
+from pumice.storage.json_file import Keys
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import LazyStateDict, as_lazy, open_weights
 
@@ -205,8 +207,7 @@ def _video(folder: Path, keys: Keys, kind: str, vision: VisionConfig) -> VideoPo
 
     Raises InputError if frames become other squares than the tower takes, or are pooled in another way.
     """
-    path = folder / "video_preprocessor_config.json"
-    frames = Keys.of(path) if path.is_file() else Keys({}, str(path))
+    frames = read_video_processor(folder)
     if kind == "llava_onevision":
         return VideoPolicy(frames.get("num_frames", int, VideoPolicy.max_frames), pool=2)
     if kind != "llava_next_video":
@@ -228,7 +229,7 @@ def _check_processor(folder: Path, keys: Keys, kind: str, vision: VisionConfig) 
     kind: model_type. Raises InputError where they contradict what is computed.
     """
     # 1. What decides the number of image tokens.
-    repeated = Keys.of(path) if (path := folder / "processor_config.json").is_file() else Keys({}, str(path))
+    repeated = optional(path := folder / "processor_config.json")
     values: dict[str, Any] = {
         "patch_size": vision.stride,
         "vision_feature_select_strategy": keys.get("vision_feature_select_strategy", str),
@@ -252,7 +253,7 @@ def _check_processor(folder: Path, keys: Keys, kind: str, vision: VisionConfig) 
             f"{int(vision.kind == 'clip')}; transformers counts other image tokens"
         )
     for name in ("preprocessor_config.json", path.name, "tokenizer_config.json"):
-        file = read_json(folder / name) if (folder / name).is_file() else {}
+        file = optional(folder / name).values
         processor_type = model_type(str(file.get("processor_class")))
         if processor_type in HF_LLAVAS and processor_type != kind:
             notes.append(
@@ -288,7 +289,7 @@ def _check_image_token(folder: Path, keys: Keys, tokenizer: Any, decoder: Decode
     # The other files name the token by its text; where none does, it is <image>, if the tokenizer has that.
     named = False
     for file in ("processor_config.json", "tokenizer_config.json"):
-        text = read_json(folder / file).get("image_token") if (folder / file).is_file() else None
+        text = optional(folder / file).values.get("image_token")
         named |= isinstance(text, str)
         if isinstance(text, str) and (stated := tokenizer.token_to_id(text)) != number:
             what = "which the tokenizer lacks" if stated is None else f"whose id is {stated}"

@@ -93,11 +93,11 @@ def refusal(config: ModelConfig) -> str | None:
 
 def _video_refusal(config: ModelConfig) -> str | None:
     """Return why neither LlavaOnevision nor LlavaNextVideo shows videos as this model does."""
-    image, video = config.image, config.video
+    kind, video = image_kind(config.image), config.video
     assert video is not None
-    if image.mode != "anyres" or video.pool != 2:
+    if kind == "llava" or video.pool != 2:
         return "it was trained on videos, which there only models with anyres show, in half of a tile's rows"
-    is_next = image.max_tiles is None and image.several != "square"
+    is_next = kind == "llava_next"
     if is_next != video.average:
         which = ("LlavaNextVideo", "averages") if is_next else ("LlavaOnevision", "does not average")
         return (
@@ -106,6 +106,13 @@ def _video_refusal(config: ModelConfig) -> str | None:
     if is_next and config.vision.select != "patch":
         return "it was trained on videos, of which there a LlavaNextVideo leaves out the class token"
     return None
+
+
+def image_kind(image: ImagePolicy) -> str:
+    """Return the model_type (`llava`, `llava_next`, `llava_onevision`) that prepares pictures in this way."""
+    if image.mode != "anyres":
+        return "llava"
+    return "llava_onevision" if image.max_tiles is not None or image.several == "square" else "llava_next"
 
 
 def tower_refusal(config: ModelConfig) -> str | None:

@@ -33,7 +33,7 @@ from pumice.formats.families import FAMILIES
 from pumice.formats.hf import idefics3
 from pumice.formats.hf.card import model_card
 from pumice.formats.hf.config import RESAMPLE_NUMBERS, layer_types, padding
-from pumice.formats.hf.refusal import ACTIVATIONS, LINEAR, gemma_fields
+from pumice.formats.hf.refusal import ACTIVATIONS, LINEAR, gemma_fields, image_kind
 from pumice.formats.text.chat_template_write import to_jinja
 from pumice.storage.json_file import write_json
 from pumice.storage.parts import LoadedParts
@@ -248,7 +248,7 @@ def image_processor(image: ImagePolicy, size: int) -> dict[str, Any]:
     # 1. The class: CLIP's crops, Llava's pads, the other two cut tiles. LlavaNextVideo has LlavaNext's.
     kind = "LlavaImageProcessor" if image.mode == "pad" else "CLIPImageProcessor"
     if image.mode == "anyres":
-        kind = f"{_CLASSES[_kind_of(image)]}ImageProcessor"
+        kind = f"{_CLASSES[image_kind(image)]}ImageProcessor"
     # 2. CLIP's own steps, which all classes have: the short side to `size`, crop the middle, normalise.
     values: dict[str, Any] = {
         "image_processor_type": kind,
@@ -265,7 +265,7 @@ def image_processor(image: ImagePolicy, size: int) -> dict[str, Any]:
         "image_std": list(image.std),
     }
     # 3. What the mode changes.
-    if image.mode == "squash" or _kind_of(image) == "llava_onevision":
+    if image.mode == "squash" or image_kind(image) == "llava_onevision":
         values |= {"size": {"height": size, "width": size}, "do_center_crop": False}
     if image.mode in ("pad", "anyres"):
         values["do_pad"] = True  # the default is False, which would crop and say nothing
@@ -406,15 +406,8 @@ def _write_processor(folder: Path, config: ModelConfig) -> None:
 
 def _kind(config: ModelConfig) -> str:
     """Return the model_type, one of `_CLASSES`, that prepares pictures and videos as this model does."""
-    kind = _kind_of(config.image)
+    kind = image_kind(config.image)
     return "llava_next_video" if kind == "llava_next" and config.video is not None else kind
-
-
-def _kind_of(image: ImagePolicy) -> str:
-    """Return the model_type (`llava`, `llava_next`, `llava_onevision`) that prepares pictures in this way."""
-    if image.mode != "anyres":
-        return "llava"
-    return "llava_onevision" if image.max_tiles is not None or image.several == "square" else "llava_next"
 
 
 def anyres_max(config: ModelConfig) -> str:

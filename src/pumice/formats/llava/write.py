@@ -15,7 +15,7 @@ from pumice.config import DecoderConfig, ImagePolicy, ModelConfig, RopeScaling, 
 from pumice.formats import names as tensor_names
 from pumice.formats.families import FAMILIES
 from pumice.formats.hf.config import padding
-from pumice.formats.hf.refusal import capability, text_refusal, tower_refusal
+from pumice.formats.hf.refusal import capability, image_kind, text_refusal, tower_refusal
 from pumice.formats.hf.write import (
     anyres_max,
     generation_config,
@@ -95,7 +95,7 @@ def write(folder: Path, model: LoadedParts, tower: str | None = None) -> list[st
     )
     # 3. Tell the user what that code does differently.
     image = config.image
-    if image.mode == "anyres" and (image.max_tiles is not None or image.several == "square"):
+    if image_kind(image) == "llava_onevision":
         notes += square_notes(image, "the original code's training")
     if image.several == "square":
         notes.append(
