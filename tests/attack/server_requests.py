@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from material import command, make_model, make_pictures, make_videos
+from targets import command, make_model, make_pictures, make_videos
 
 SECONDS = 2.0  # for a short request while others take long
 MEMORY, PEAK = 2500, 5000  # MiB that the tiny model's server may take: docs/security.md has the sum
@@ -198,13 +198,12 @@ def problem_of(response: httpx.Response) -> str:
 def attack(folder: Path) -> Iterator[Callable[[random.Random], str]]:
     """Right requests with random changes, and bytes that are no requests."""
     model = make_model(folder / "model")
-    pictures, videos = make_pictures(folder / "pictures"), make_videos(folder / "videos")
+    pictures = list(map(data_uri, make_pictures(folder / "pictures")))
+    videos = list(map(data_uri, make_videos(folder / "videos")))
     server = Server(model, "--timeout", "20", "--body-timeout", "5")
     try:
         while True:
-            yield functools.partial(
-                _request, server, *(list(map(data_uri, each)) for each in (pictures, videos))
-            )
+            yield functools.partial(_request, server, pictures, videos)
     finally:
         server.end()
 
