@@ -266,13 +266,13 @@ def _alive(server: Server) -> str:
         return f"the server ended: {server.log[-3:]}"
     begun = time.monotonic()
     status = httpx.get(f"{server.url}/health", timeout=60).status_code
-    if status != 200 or time.monotonic() - begun > seconds():
+    if status != 200 or time.monotonic() - begun > time_limit():
         return f"/health: {status} after {time.monotonic() - begun:.1f} s"
     now, peak = server.memory(), server.memory("VmHWM")
     return f"the server takes {now} MiB, {peak} at its peak" if now > MEMORY or peak > PEAK else ""
 
 
-def seconds() -> float:
+def time_limit() -> float:
     """Return how long a short request may take now: longer in proportion on a machine with other work."""
     return SECONDS * (1 + os.getloadavg()[0] / (os.cpu_count() or 1))
 
@@ -359,7 +359,7 @@ def _load(server: Server, draw: random.Random) -> str:
             begun = time.monotonic()
             status = client.get(f"{server.url}/health").status_code
             took = time.monotonic() - begun
-            if status != 200 or took > seconds():
+            if status != 200 or took > time_limit():
                 problems.append(f"/health: {status} after {took:.1f} s")
             time.sleep(0.05)
     return "; ".join(problems) or _alive(server)
