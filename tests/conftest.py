@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import struct
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -219,6 +220,23 @@ def sentencepiece_file() -> Path:
 def processes() -> ModuleType:
     """benchmarks/processes.py: one run on one process, on many, and killed."""
     return _module(BENCHMARKS, "processes")
+
+
+@pytest.fixture(scope="session")
+def load_script() -> Iterator[Callable[[Path], ModuleType]]:
+    """A function that loads a script as a new module, named after its folder, too: several are `run`."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def load(path: Path) -> ModuleType:
+            name = f"{path.parent.name}_{path.stem}".replace("-", "_")
+            spec = importlib.util.spec_from_file_location(name, path)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            patch.setitem(sys.modules, name, module)  # dataclasses look their module up
+            spec.loader.exec_module(module)
+            return module
+
+        yield load
 
 
 def _module(folder: Path, name: str) -> ModuleType:

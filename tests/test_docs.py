@@ -15,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -320,13 +320,8 @@ def test_python_blocks_run(working_folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def site_check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("site_check", ROOT / "docs" / "site" / "check.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def site_check(load_script: Callable[[Path], ModuleType]) -> ModuleType:
+    return load_script(ROOT / "docs" / "site" / "check.py")
 
 
 @pytest.mark.parametrize(

@@ -48,20 +48,12 @@ EXAMPLES = Path(__file__).parents[1] / "examples" / "extend"
 
 
 @pytest.fixture
-def example() -> Iterator[Callable[[str], ModuleType]]:
+def example(load_script: Callable[[Path], ModuleType]) -> Iterator[Callable[[str], ModuleType]]:
     """Import one of the examples; what it registers is gone after the test."""
     tables = KINDS, TOWERS, FAMILIES, MAGIC, OPENERS, registry()
     before = [set(table) for table in tables]
 
-    def imported(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(f"extend_{name}", EXAMPLES / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
-
-    yield imported
+    yield lambda name: load_script(EXAMPLES / f"{name}.py")
     for table, names in zip(tables, before, strict=True):
         for name in table.keys() - names:
             del table[name]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,13 +16,9 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
 @pytest.fixture(scope="module")
-def runner() -> ModuleType:
-    """notebooks/run.py, under a name of its own: another script is called `run`, too."""
-    spec = importlib.util.spec_from_file_location("notebooks_run", NOTEBOOKS[0].with_name("run.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def runner(load_script: Callable[[Path], ModuleType]) -> ModuleType:
+    """notebooks/run.py."""
+    return load_script(NOTEBOOKS[0].with_name("run.py"))
 
 
 def outputs(notebook: Any) -> list[Any]:

@@ -322,6 +322,7 @@ def with_images(text: str, images: Sequence[Path | bytes | Video]) -> list[dict[
     """Return the content of a message with images and videos (as data URLs) before the text.
 
     Where the text has one `<image>` per image, each image takes the place of its `<image>` instead.
+    `frames` of a video is not sent: who answers chooses them. Raises InputError if a file cannot be read.
     """
     parts = [_part(image) for image in images]
     pieces = text.split("<image>")

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from material import (
+from targets import (
     FEATURES,
     LEARNED,
     command,

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from material import command, make_model, make_recipe, make_rows
 from safetensors.numpy import load_file
+from targets import command, make_model, make_recipe, make_rows
 
 LIMIT = 240  # seconds of one command on a busy machine
 

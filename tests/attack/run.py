@@ -29,7 +29,7 @@ import kills
 import server_requests
 
 SCHEDULES = 10_000
-SHARES = {"schedules": 5, "files": 3}  # of the time; 1 for all others
+SHARES = {"schedules": 5, "files": 3}  # of the time, for their many cases; 1 for all others
 # An attack gets a folder, and yields functions that do one try each and return what is wrong, or "".
 Attack = Callable[[Path], Generator[Callable[[random.Random], str], None, None]]
 ATTACKS: dict[str, Attack] = {

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from material import command, make_model, make_pictures, make_videos
+from targets import command, make_model, make_pictures, make_videos
 
 SECONDS = 2.0  # for a short request while others take long
 MEMORY, PEAK = 2500, 5000  # MiB that the tiny model's server may take: docs/security.md has the sum
@@ -198,13 +198,12 @@ def problem_of(response: httpx.Response) -> str:
 def attack(folder: Path) -> Iterator[Callable[[random.Random], str]]:
     """Right requests with random changes, and bytes that are no requests."""
     model = make_model(folder / "model")
-    pictures, videos = make_pictures(folder / "pictures"), make_videos(folder / "videos")
+    pictures = list(map(data_uri, make_pictures(folder / "pictures")))
+    videos = list(map(data_uri, make_videos(folder / "videos")))
     server = Server(model, "--timeout", "20", "--body-timeout", "5")
     try:
         while True:
-            yield functools.partial(
-                _request, server, *(list(map(data_uri, each)) for each in (pictures, videos))
-            )
+            yield functools.partial(_request, server, pictures, videos)
     finally:
         server.end()
 
@@ -267,13 +266,13 @@ def _alive(server: Server) -> str:
         return f"the server ended: {server.log[-3:]}"
     begun = time.monotonic()
     status = httpx.get(f"{server.url}/health", timeout=60).status_code
-    if status != 200 or time.monotonic() - begun > seconds():
+    if status != 200 or time.monotonic() - begun > time_limit():
         return f"/health: {status} after {time.monotonic() - begun:.1f} s"
     now, peak = server.memory(), server.memory("VmHWM")
     return f"the server takes {now} MiB, {peak} at its peak" if now > MEMORY or peak > PEAK else ""
 
 
-def seconds() -> float:
+def time_limit() -> float:
     """Return how long a short request may take now: longer in proportion on a machine with other work."""
     return SECONDS * (1 + os.getloadavg()[0] / (os.cpu_count() or 1))
 
@@ -360,7 +359,7 @@ def _load(server: Server, draw: random.Random) -> str:
             begun = time.monotonic()
             status = client.get(f"{server.url}/health").status_code
             took = time.monotonic() - begun
-            if status != 200 or took > seconds():
+            if status != 200 or took > time_limit():
                 problems.append(f"/health: {status} after {took:.1f} s")
             time.sleep(0.05)
     return "; ".join(problems) or _alive(server)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,10 +17,10 @@ from pumice.tokens import Tokenizer
 
 
 @pytest.fixture(scope="module")
-def attacks() -> Iterator[Any]:
+def attacks(load_script: Callable[[Path], ModuleType]) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:  # the scripts put further folders there
         patch.setattr(sys, "path", [str(Path(__file__).parent), *sys.path])
-        yield importlib.import_module("run")
+        yield load_script(Path(__file__).with_name("run.py"))
 
 
 @pytest.mark.parametrize("name", ["schedules", "requests", "tokens", "files"])
@@ -47,7 +47,7 @@ def test_what_is_wrong_is_found(
 
 
 def test_an_answer_that_is_not_the_naive_one_is_found(attacks: Any) -> None:
-    schedules = importlib.import_module("engine_schedules")
+    schedules = attacks.engine_schedules
     world = schedules.make_world(None, [])
     wrong = schedules.World(world.model, world.prompts, [[*answer[:-1], 1] for answer in world.answers])
     problems = [schedules.schedule([wrong], random.Random(number)) for number in range(3)]
@@ -57,7 +57,7 @@ def test_an_answer_that_is_not_the_naive_one_is_found(attacks: Any) -> None:
 
 
 def test_a_control_token_of_a_text_is_found(attacks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = importlib.import_module("control_tokens")
+    tokens = attacks.control_tokens
     processors = tokens.worlds()
     assert not any(tokens._conversation(processors, random.Random(number)) for number in range(20))
 

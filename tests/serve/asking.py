@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -26,6 +28,14 @@ AFTER_CALL = [
     {"role": "tool", "tool_call_id": "a", "content": "said"},
     HI,
 ]
+
+
+def wait_until(holds: Callable[[], Any], seconds: float = 180) -> None:
+    """Wait until something holds, and fail if it does not within so many seconds."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (40, 30), file_format: str = "PNG") -> bytes:

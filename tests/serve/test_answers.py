@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from asking import ask, data_uri, picture, post, user_message
+from asking import ask, data_uri, picture, post, user_message, wait_until
 
 from pumice.assistant import Assistant, load
 from pumice.conversation import Conversation, ImagePart, Message
@@ -307,8 +307,7 @@ def test_a_schema_that_fails_in_the_midst_is_the_request_s_own_fault(
     error = json.loads(text)["error"]
     assert error["type"] == "invalid_request_error"
     assert "JSON schema cannot be followed" in error["message"]
-    while not any(record.message == "request" for record in caplog.records):
-        pass
+    wait_until(lambda: any(record.message == "request" for record in caplog.records))
     assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
 
 

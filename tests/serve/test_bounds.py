@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from asking import ask, data_uri, picture, post
+from asking import ask, data_uri, picture, post, wait_until
 from test_limits import error_of
 
 from pumice.engine.grammar_check import GrammarCheck
@@ -220,8 +220,7 @@ def test_what_comes_back_is_shortened(
     assert error_of(response, status)["code"] == code
     assert len(response.content) < 2 * KB
     assert LONG[:201] not in response.text
-    while not caplog.records:
-        pass
+    wait_until(lambda: caplog.records)
     logged = json.dumps(caplog.records[-1].__dict__["fields"])
     assert len(logged) < 2 * KB
     assert LONG[:201] not in logged

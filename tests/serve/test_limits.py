@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from asking import ask, data_uri, picture, post, user_message
+from asking import ask, data_uri, picture, post, user_message, wait_until
 
 from pumice import InputError
 from pumice.assistant import load
@@ -277,7 +277,7 @@ def test_a_body_must_be_json_by_its_type(server: str) -> None:
 def test_what_was_refused_is_logged(server: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "pumice.serve")
     error_of(post(server, ask(n=0), headers={"X-Request-Id": "wrong-n"}), 400)
-    _until(lambda: bool(caplog.records))
+    wait_until(lambda: bool(caplog.records))
     fields = caplog.records[-1].__dict__["fields"]
     assert (fields["request_id"], fields["status"], fields["param"]) == ("wrong-n", 400, "n")
     assert "greater than or equal to 1" in fields["error"]
@@ -422,8 +422,8 @@ def test_readers_who_go_away_end_their_requests(server: str, caplog: pytest.LogC
             connection.sendall(
                 f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n{head}{body}".encode()
             )
-            _until(lambda: _count(server, "pumice_running_requests") >= 1)
-        _until(lambda before=before: _count(server, "pumice_cancelled_requests_total") > before)
+            wait_until(lambda: _count(server, "pumice_running_requests") >= 1)
+        wait_until(lambda before=before: _count(server, "pumice_cancelled_requests_total") > before)
         assert _settled(server)
     lines = [line.__dict__["fields"] for line in caplog.records if line.levelname == "INFO"]
     assert sum(bool(line.get("gone")) for line in lines) == 2
@@ -435,11 +435,11 @@ def test_too_many_connections(local: Any) -> None:
         port = int(url.rpartition(":")[2])
         idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
         try:
-            _until(lambda: httpx.get(f"{url}/health").status_code == 429)
+            wait_until(lambda: httpx.get(f"{url}/health").status_code == 429)
         finally:
             for connection in idle:
                 connection.close()
-        _until(lambda: httpx.get(f"{url}/health").status_code == 200)
+        wait_until(lambda: httpx.get(f"{url}/health").status_code == 200)
 
 
 def test_a_fault_of_ours_is_told_with_an_id_and_logged_with_a_trace(
@@ -456,7 +456,7 @@ def test_a_fault_of_ours_is_told_with_an_id_and_logged_with_a_trace(
         error = error_of(response, 500)
         assert "find-me" in error["message"]
         assert "secret" not in response.text
-        _until(lambda: bool(caplog.records))
+        wait_until(lambda: bool(caplog.records))
     [line] = [record for record in caplog.records if record.levelname == "ERROR"]
     assert line.__dict__["fields"]["request_id"] == "find-me"
     assert "secret detail" in caplog.text
@@ -484,12 +484,5 @@ def _count(url: str, name: str) -> float:
 
 
 def _settled(url: str) -> bool:
-    _until(lambda: _count(url, "pumice_running_requests") == _count(url, "pumice_waiting_requests") == 0)
+    wait_until(lambda: _count(url, "pumice_running_requests") == _count(url, "pumice_waiting_requests") == 0)
     return True
-
-
-def _until(holds: Any, seconds: float = 180) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.01)

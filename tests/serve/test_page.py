@@ -210,12 +210,19 @@ def test_an_example_and_a_wrong_file(page: Page, server: str, tmp_path: Path) ->
     assert page.locator(".user img").get_attribute("alt") == "Horses in a meadow.jpg"
 
 
-def test_what_the_server_refuses_is_told(page: Page, local: Callable[..., Any]) -> None:
+def test_what_the_server_refuses_is_told(page: Page, local: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(picture(1))
     with local(cache_tokens=60) as url:
         visit(page, url)
+        page.locator("#files").set_input_files(tmp_path / "1.png")
+        page.get_by_role("button", name="Remove 1.png").wait_for()
         write(page, "What is this? " * 30)
         page.get_by_text("maximum context length is 60 tokens", exact=False).wait_for()
         page.get_by_role("button", name="Try again").wait_for()
+        # The next question takes the place of this one, whose picture does not count any more.
+        page.locator("#files").set_input_files(tmp_path / "1.png")
+        page.get_by_role("button", name="Remove 1.png").wait_for()
+        assert page.locator("#many").is_hidden()
 
 
 def test_a_key_is_asked_for(page: Page, local: Callable[..., Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from asking import HI, ask, picture, post
+from asking import HI, ask, picture, post, wait_until
 from test_run import posix
 
 from pumice.engine import grammar_check
@@ -276,8 +276,7 @@ def test_a_hard_schema_ends_when_its_client_leaves(server: str, monkeypatch: pyt
     monkeypatch.setattr(GrammarCheck, "__init__", note)
     monkeypatch.setattr(grammar_check, "WALL_SECONDS", 1000)  # on a busy machine it would kill, too
     connection = send(server, ask(response_format=hard_schema(99)))
-    while not checks or checks[0]._process is None:
-        pass
+    wait_until(lambda: checks and checks[0]._process is not None)
     connection.close()
     assert checks[0]._process.wait(60) == -signal.SIGKILL  # its own limit of time would be SIGXCPU
 

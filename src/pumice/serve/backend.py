@@ -23,7 +23,7 @@ from pumice.errors import ContextOverflow, InputError, shorten
 from pumice.serve.answers import AnswerForm, AnswerPiece, ChatForm, CompletionForm, ModelResponse, join
 from pumice.serve.anthropic import AnthropicForm, AnthropicRequest
 from pumice.serve.boxes import BoxesRequest, boxes_in
-from pumice.serve.errors import ApiError, context_overflow, invalid, not_json, unknown_model, validation_error
+from pumice.serve.errors import context_overflow, invalid, not_json, unknown_model, validation_error
 from pumice.serve.explanation import check_explained, explanation_json
 from pumice.serve.fetch import Fetcher
 from pumice.serve.grammars import HeldTo, held_to, tool_schemas
@@ -270,7 +270,7 @@ class Backend:
         values = len(body) - len(body.translate(None, b",:[{"))
         if values > limit:
             message = f"the body has about {values} values, at most {limit} are taken; send less at once"
-            raise ApiError(400, message, code="too_many_values")
+            raise invalid(None, message, "too_many_values")
         return parse(kind, body)
 
     def _model(self, request: BaseRequest) -> str:

@@ -7,7 +7,7 @@ import importlib
 import logging
 from typing import Any
 
-from pumice.serve.errors import ApiError
+from pumice.serve.errors import ApiError, invalid
 from pumice.serve.logs import request_line
 
 MAX_HEADERS = 1 << 16  # bytes of a request without its body; up to FED more pass
@@ -21,7 +21,7 @@ _PIPELINED = ApiError(
     429, f"more than {MAX_PIPELINED} requests wait on this connection; read the answers first",
     code="pipeline_full",
 )  # fmt: skip
-_INVALID = ApiError(400, "this is no HTTP/1.1 request; ask with an HTTP client", code="invalid_http")
+_INVALID = invalid(None, "this is no HTTP/1.1 request; ask with an HTTP client", "invalid_http")
 
 try:
     _base: Any = importlib.import_module("uvicorn.protocols.http.httptools_impl").HttpToolsProtocol

@@ -93,7 +93,7 @@ class ApiError(Exception):
 
 
 def invalid(param: str | None, message: str, code: str | None = None) -> ApiError:
-    """Return the error of a request whose field `param` is wrong."""
+    """Return the error of a request whose field `param` is wrong; None: no field, but the request itself."""
     return ApiError(400, message, param=param, code=code)
 
 
@@ -166,7 +166,7 @@ def validation_error(error: ValidationError, known: Collection[str] = ()) -> Api
 
 
 def not_json(error: ValueError) -> ApiError:
-    return ApiError(400, f"the body is not JSON in UTF-8: {cut(str(error))}", code="json_invalid")
+    return invalid(None, f"the body is not JSON in UTF-8: {cut(str(error))}", "json_invalid")
 
 
 def context_overflow(error: ContextOverflow, param: str) -> ApiError:

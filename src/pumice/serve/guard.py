@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pumice.errors import shorten
-from pumice.serve.errors import ApiError, busy, is_stopping
+from pumice.serve.errors import ApiError, busy, invalid, is_stopping
 from pumice.serve.observe import request_record
 from pumice.serve.openapi import OPERATIONS
 from pumice.serve.settings import ServerSettings
@@ -197,7 +197,7 @@ class Guard:
         try:
             length = int(headers.get("content-length", "0"))
         except ValueError:
-            raise ApiError(400, "the header Content-Length is not a number; send the body's bytes") from None
+            raise invalid(None, "the header Content-Length is not a number; send the body's bytes") from None
         if length > self._max_body:
             raise too_large(self._max_body)
 

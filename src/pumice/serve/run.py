@@ -108,7 +108,7 @@ class Server(uvicorn.Server):
         """Close the listeners, once nobody waits there: the system would reset who is not accepted."""
         for listener in listeners:
             with contextlib.suppress(OSError):
-                listener.listen(0)  # others connect no more
+                listener.listen(0)  # the system lets hardly anybody else wait
 
         def nobody_waits() -> bool:
             return not any(select.select([listener], [], [], 0)[0] for listener in listeners)

@@ -169,8 +169,7 @@ async function send() {
   const text = $("question").value.trim();
   if (!text && !state.chosen.length) return;
   showProblem(null);
-  if (state.editing !== null) state.messages.length = state.editing;
-  dropUnanswered();
+  state.messages.length = staying();
   state.messages.push({
     role: "user",
     text: text || (state.chosen.length > 1 ? "Describe these pictures." : "Describe this picture."),
@@ -180,10 +179,10 @@ async function send() {
   await respond();
 }
 
-/** Remove a last question whose answer is an error, since the next question must follow an answer. */
-function dropUnanswered() {
-  const last = state.messages.at(-1);
-  if (last?.role === "assistant" && last.error && !last.text) state.messages.length -= 2;
+/** How many messages stay before the next question. It replaces one that is edited, and must follow an answer, not an error. */
+function staying() {
+  const number = state.editing ?? state.messages.length, last = state.messages[number - 1];
+  return last?.role === "assistant" && last.error && !last.text ? number - 2 : number;
 }
 
 async function regenerate() {
@@ -362,7 +361,7 @@ function showChosen() {
       $("question").focus();
     }, `Remove ${picture.name}`))));
   $("editing").hidden = state.editing === null;
-  const shown = picturesUpTo(state.editing ?? state.messages.length).length + state.chosen.length;
+  const shown = picturesUpTo(staying()).length + state.chosen.length;
   $("many").hidden = !state.chosen.length || !state.maxPictures || shown <= state.maxPictures;
   $("many").textContent = `This conversation will show ${shown} pictures. As far as the model's folder says, it learned from `
     + `${state.maxPictures} at a time: answers may be poor.`;
