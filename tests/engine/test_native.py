@@ -15,10 +15,12 @@ from pumice.engine.generate import generate
 from pumice.engine.native import NativeDecoder, native_decoder
 from pumice.engine.requests import Prompt
 from pumice.engine.sampling import SamplingParams
+from pumice.kernels.compute import quantize as quantize_weight
+from pumice.kernels.packed import PackedMatrix
 from pumice.model.cache import KVCache, Segment
 from pumice.model.decoder import Decoder
 from pumice.model.llava import Llava
-from pumice.model.quantized import KINDS, quantize
+from pumice.model.quantized import KINDS, kind_of, quantize, swap
 
 CPU, PAST = torch.device("cpu"), (5, 1, 9, 0, 7, 3, 8)
 FAMILIES = pytest.mark.parametrize(
@@ -45,7 +47,8 @@ def compiler() -> None:
         pytest.skip(reason)
 
 
-WEIGHTS = pytest.mark.parametrize("weights", ["int8", "int4", "fp32"])
+# mixed: layers that read the same activations hold their weights in int8 and int4, as in llama.cpp's Q4_K_M
+WEIGHTS = pytest.mark.parametrize("weights", ["int8", "int4", "mixed", "fp32"])
 
 
 def make(weights: str = "int8", **more: Any) -> Decoder:
@@ -55,9 +58,16 @@ def make(weights: str = "int8", **more: Any) -> Decoder:
     decoder = Decoder(config).eval().requires_grad_(False)
     for parameter in decoder.parameters():
         parameter.data.normal_(0, 0.15) if parameter.dim() == 2 else parameter.data.uniform_(0.5, 1.5)
-    if weights in KINDS:
+    if weights == "mixed":
+        swap(decoder, mixed)
+    elif weights in KINDS:
         quantize(decoder, weights)
     return decoder
+
+
+def mixed(name: str, weight: Tensor) -> PackedMatrix:
+    bits = "int8" if name.endswith((".v.weight", ".up.weight")) else "int4"
+    return quantize_weight(weight, kind_of(bits, name, weight.shape[1]), name)
 
 
 def filled(decoder: Decoder) -> tuple[KVCache, list[Segment]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pumice.kernels import compute, loader
 from pumice.kernels.compute import kernel_name, linear, quantize
-from pumice.kernels.packed import GROUP, BlockFormat, PackedMatrix, packed_size
+from pumice.kernels.packed import BlockFormat, PackedMatrix, packed_size
 from pumice.model.vision import ACTIVATIONS
 
 KERNELS = Path(loader.__file__).parent
@@ -130,9 +130,9 @@ def random_matrix(kind: BlockFormat, outputs: int, inputs: int, seed: int = 0) -
     return from_blocks(kind, blocks)
 
 
-def rounded(x: Tensor) -> Tensor:
-    """Activations as every kernel rounds them."""
-    groups = x.view(len(x), -1, GROUP)
+def rounded(x: Tensor, kind: BlockFormat) -> Tensor:
+    """Activations as every kernel rounds them beside weights of this kind."""
+    groups = x.view(len(x), -1, kind.block)
     largest = groups.abs().amax(-1, keepdim=True)
     largest = torch.where(largest < 1e-30, 0, largest)
     factors = torch.full_like(largest, 127) / largest  # 127 / largest multiplies with the reciprocal
@@ -159,7 +159,7 @@ SIZES = pytest.mark.parametrize(("outputs", "inputs"), [(40, 256), (131, 512), (
 def test_equals_the_plain_sum(kernel: str, kind: BlockFormat, outputs: int, inputs: int) -> None:
     packed, x = random_matrix(kind, outputs, inputs), extremes(9, inputs)
     y = linear(x, packed)
-    weights, numbers = packed.restored().double(), rounded(x)
+    weights, numbers = packed.restored().double(), rounded(x, kind)
     expected, size = numbers @ weights.T, numbers.abs() @ weights.abs().T
     assert y[1].eq(0).all() and y[3].eq(0).all()
     # Of what was added up; measured worst: 4.1e-6 (Q4_K, whose scales and offsets nearly cancel), 6.5e-7 else
@@ -173,7 +173,7 @@ def test_small_blocks(kernel: str, kind: BlockFormat) -> None:
     if kind is BlockFormat.Q4_K:
         pytest.skip("its blocks are 256 long")
     packed, x = random_matrix(kind, 3, 32), extremes(5, 32)
-    expected = rounded(x) @ packed.restored().double().T
+    expected = rounded(x, kind) @ packed.restored().double().T
     assert torch.allclose(linear(x, packed).double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -200,7 +200,7 @@ def test_an_activation_function_comes_first_and_a_group_may_be_cut_short(
     x = torch.linspace(-12, 12, 3 * 90).view(3, 90)
     packed = random_matrix(BlockFormat.Q8_0, 20, 96)
     activated = F.pad(ACTIVATIONS[activation](x), (0, 6))
-    expected = rounded(activated) @ packed.restored().double().T
+    expected = rounded(activated, packed.kind) @ packed.restored().double().T
     # Measured worst: 1.0e-3 of the largest, where a number on the edge is rounded to the other side
     close = {"rtol": 0, "atol": 3e-3 * expected.abs().max().item()}
     assert torch.allclose(linear(x, packed, activation=activation).double(), expected, **close)

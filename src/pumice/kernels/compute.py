@@ -90,11 +90,11 @@ def linear(
 ) -> Tensor:
     """Return x (..., K) times the matrix plus the bias (N,): (..., N), in the type of x.
 
-    On a CPU the product is one of integers: activations are rounded to 8 bits, with a scale for each 32. A
-    row of the result depends only on that row of x. On other devices, and if x needs a gradient, the weights
-    are restored first. x may lack less than a group of the matrix's inputs: they are zeros. activation:
-    "quick_gelu", "gelu" or "gelu_tanh" of x first, only where `can_multiply`. Raise WorkError if C cannot
-    allocate its buffers.
+    On a CPU the product is one of integers: activations are rounded to 8 bits, with a scale for each 32
+    (beside Q4_K: for each 256). A row of the result depends only on that row of x. On other devices, and if x
+    needs a gradient, the weights are restored first. x may lack less than a group of the matrix's inputs:
+    they are zeros. activation: "quick_gelu", "gelu" or "gelu_tanh" of x first, only where `can_multiply`.
+    Raise WorkError if C cannot allocate its buffers.
     """
     width = x.shape[-1]
     if not 0 <= packed.inputs - width < GROUP:

@@ -47,7 +47,7 @@ int pumice_linear(const Packed *w, int64_t rows, int64_t width, const float *x, 
     const int64_t row_bytes = as_it_is ? 0 : w->inputs * (int64_t)sizeof(float);
     char *memory = malloc(activation_bytes(rows, w->inputs) + threads * row_bytes);
     if (!memory) return 1;
-    const Activations numbers = activations_in(memory, rows, w->inputs);
+    const Activations numbers = activations_in(memory, rows, w->inputs, share_of(w));
     const int64_t tiles = tiles_of(w);
 #pragma omp parallel num_threads(threads)
     {

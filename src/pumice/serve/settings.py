@@ -35,7 +35,7 @@ class ServerSettings:
     ] = None
     chunk: Annotated[
         int | None,
-        Option(min=1, help="Tokens of prompts in one step; 512, on CUDA 2048."),
+        Option(min=1, help="Tokens of prompts in one step; 640, on CUDA 2048."),
     ] = None
     api_key: Annotated[
         tuple[str, ...],
