@@ -77,7 +77,7 @@ PATTERNS = [{"type": "string", "pattern": f".*{letter}.*"} for letter in "abcdef
         ({"type": "objec"}, ""),
         ({"type": object}, "type is not JSON serializable"),
         ({"$ref": "http://a.example/b"}, ""),
-        ({"$ref": "#"}, ""),
+        ({"$ref": "#"}, "no answer satisfies it"),
         ({"type": "number", "multipleOf": 982451653}, "fuel exhausted"),
         ({"enum": []}, "Unsatisfiable schema"),
         ({"type": "string", "minLength": 5, "maxLength": 4}, ""),
@@ -129,9 +129,10 @@ def test_a_check_that_is_stopped_ends_its_process() -> None:
 
 
 def test_several_grammars_are_checked_at_once() -> None:
-    good, bad = "start: /[ab]+/", "start: /[ab+/"
-    reasons = GrammarCheck([good, bad, good]).run()
-    assert [bool(reason) for reason in reasons] == [False, True, False]
+    good, bad, empty = "start: /[ab]+/", "start: /[ab+/", 'start: ""'
+    reasons = GrammarCheck([good, bad, empty, good]).run()
+    assert [bool(reason) for reason in reasons] == [False, True, True, False]
+    assert reasons[2] == "no answer satisfies it"
 
 
 def test_grammars_that_are_too_large_start_no_process() -> None:

@@ -136,10 +136,12 @@ def test_folders_and_pipes_are_no_files(tmp_path: Path) -> None:
         locate(tmp_path / "b.zip", ("x.json",))
     with pytest.raises(InputError, match=r"'x\.json' is not in .*a\.zip"):
         locate(tmp_path / "a.zip", ("x.json",))
-    os.mkfifo(tmp_path / "t.parquet")
     pytest.importorskip("pyarrow")
-    with pytest.raises(InputError, match=r"t\.parquet' is no regular file"):
-        list(archives.read_table(tmp_path / "t.parquet"))
+    (tmp_path / "s.parquet").mkdir()
+    os.mkfifo(tmp_path / "t.parquet")
+    for name in ("s.parquet", "t.parquet"):
+        with pytest.raises(InputError, match=rf"{name}' is no regular file"):
+            list(archives.read_table(tmp_path / name))
 
 
 def write_parquet(path: Path, columns: dict[str, Any], **how: Any) -> None:

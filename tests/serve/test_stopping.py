@@ -24,6 +24,7 @@ from pumice.engine.grammar_check import GrammarCheck
 from pumice.explain.attention import Passages
 from pumice.serve import backend, images, run, work
 from pumice.serve.anthropic import AnthropicRequest
+from pumice.serve.connection import LimitedProtocol
 from pumice.serve.ollama import OllamaChatRequest, OllamaGenerateRequest
 from pumice.serve.responses import ResponsesRequest
 from pumice.serve.settings import ServerSettings
@@ -177,6 +178,42 @@ def test_connections_that_nobody_has_accepted_at_the_end(
         assert read(connection).startswith("HTTP/1.1 503")
     thread.join(60)
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_client_that_does_not_read_is_cut_off(
+    tiny_folder: Path, caplog: pytest.LogCaptureFixture, answered: bool
+) -> None:
+    """No buffer takes more of its answers. No task has to be cancelled, which the log would tell."""
+    from pumice.assistant import load
+
+    caplog.set_level("INFO")
+    assistant = load(tiny_folder, device="cpu", quantize=None, slots=1, cache_tokens=256)
+    settings = ServerSettings(port=0).check()
+    server, listener = run.make_server(assistant, ("tiny",), settings), run.bind(settings)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    wait_until(lambda: server.started)
+    with socket.create_connection(listener.getsockname()[:2]) as connection:
+        wait_until(lambda: server.server_state.connections)
+        (protocol,) = server.server_state.connections
+        assert isinstance(protocol, LimitedProtocol)
+
+        def request() -> None:
+            before = protocol.cycle
+            connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            wait_until(lambda: protocol.cycle is not before)
+
+        while not protocol.flow.write_paused:
+            request()
+            wait_until(lambda: protocol.cycle.response_complete)
+        if not answered:
+            request()
+        assert protocol.cycle.response_complete == answered
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()
+    assert not [record for record in caplog.records if record.exc_info or record.levelno > logging.INFO]
 
 
 @posix
