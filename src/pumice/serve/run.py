@@ -9,6 +9,7 @@ import math
 import os
 import select
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from pumice.assistant import Assistant
 
 KEEP_ALIVE = 75  # seconds that an idle connection stays open
+UNREAD_SECONDS = 60  # that a connection stays open whose client takes nothing of its answers
 # After the time of the drain. The sum is less than the 5 s in which the process has to end.
 SEND_SECONDS = 1.5  # for clients to take the error that ends their request
 ACCEPT_SECONDS = 0.3  # for clients that connect now
@@ -175,6 +177,8 @@ def bind(settings: ServerSettings) -> socket.socket:
     try:
         if os.name == "posix":
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if sys.platform == "linux":  # each connection takes it over
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_SECONDS)
         listener.bind(address)
     except OSError as error:
         listener.close()
