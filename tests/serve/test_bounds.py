@@ -96,11 +96,14 @@ def test_headers_and_requests_within_the_limits(server: str) -> None:
     with httpx.Client() as client:  # one connection, whose headers are counted anew for each request
         for _ in range(10):
             assert client.get(f"{server}/health", headers=large).status_code == 200
-        content = json.dumps(ask("x" * 100)).encode()
-        chunks = (content[n : n + 1] for n in range(len(content)))  # six bytes of frame for each
-        headers = {"Content-Type": "application/json"}
-        response = client.post(f"{server}/v1/chat/completions", content=chunks, headers=headers, timeout=60)
+        headers = {"Content-Type": "application/json"}  # a body is not counted
+        body = json.dumps(ask()).encode() + b" " * (2 * MAX_HEADERS)
+        response = client.post(f"{server}/v1/chat/completions", content=body, headers=headers, timeout=60)
         assert response.status_code == 200
+    content = json.dumps(ask()).encode() + b" " * (MAX_HEADERS // 4)
+    with connect(server) as connection:  # five bytes of frame for each byte of the body
+        connection.sendall(CHUNKED + b"".join(b"1\r\n%c\r\n" % byte for byte in content) + b"0\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
 
 
 def test_requests_that_wait_behind_one(server: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -21,6 +21,7 @@ from pumice.data.sources.columns import arrow
 from pumice.errors import InputError
 from pumice.files import replacing
 from pumice.images import read_image
+from pumice.jsonl import parse_json
 
 MANIFEST = "convert.json"
 ROWS = "rows.jsonl"  # of LLaVA's form, whose readers want one file
@@ -105,7 +106,7 @@ def _claim(out: Path, manifest: dict[str, Any], rows: Rows) -> None:
     """Make the folder, or accept one in which the same conversion was interrupted."""
     known = out / MANIFEST
     if known.is_file():
-        if json.loads(known.read_text("utf-8")) != manifest:
+        if parse_json(known.read_bytes()) != manifest:
             raise InputError(
                 f"{out} holds another conversion, or '{rows.label}' has changed; name a new folder"
             )

@@ -31,8 +31,6 @@ def read_bounded(file: IO[bytes], label: str, remedy: str = "fetch it again") ->
 
 @lru_cache(maxsize=8)
 def _archive(path: Path) -> zipfile.ZipFile:
-    if not path.is_file():
-        raise InputError(f"'{path}' is no regular file; fetch the zip again")
     try:
         return zipfile.ZipFile(path)
     except Exception as error:  # a damaged directory makes the library raise errors of many kinds

@@ -20,6 +20,7 @@ from pumice.conversation import Video
 from pumice.errors import InputError
 from pumice.evaluate.archives import members, read_bounded, read_member, read_table
 from pumice.files import replacing
+from pumice.jsonl import parse_json
 
 DEPTH = 4  # levels of folders below --data that are searched
 
@@ -241,11 +242,7 @@ def read_lines(file: DataFile) -> tuple[list[dict[str, Any]], list[int]]:
     for number, line in enumerate(file.text().split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict):
+        if isinstance(row := parse_json(line), dict):
             rows.append(row)
         else:
             broken.append(number)

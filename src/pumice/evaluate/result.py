@@ -230,7 +230,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """Read a result that `pumice eval --json` wrote. Raises InputError where the file holds none."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"the result '{path}' cannot be read ({error}); write it with --json") from error
     if not isinstance(result, dict) or result.get("format") != FORMAT or "headline" not in result:
         raise InputError(f"'{path}' is not a result of pumice eval, format {FORMAT}; write it with --json")

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pumice.engine.constraint import json_rule, quoted
+from pumice.jsonl import parse_json
 from pumice.serve.answers import AnswerPiece
 from pumice.serve.errors import invalid
 from pumice.serve.messages import (
@@ -224,7 +225,4 @@ class TextOrCall:
 
 
 def _is_object(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        return False
+    return isinstance(parse_json(text), dict)

@@ -253,7 +253,7 @@ def _digest(file: Path) -> str:
 
 def _is_complete(file: Path, part: WheelPart) -> bool:
     """Return whether the stamp beside the file says that it was checked when it was fetched."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         stamp = json.loads((file.parent / _STAMP).read_text(encoding="utf-8"))
         return bool(stamp == {"wheel_sha256": part.sha256, "size": file.stat().st_size})
     return False

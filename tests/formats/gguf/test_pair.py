@@ -22,9 +22,11 @@ from pumice.files import folder_size
 from pumice.formats import sizes
 from pumice.formats.export import export
 from pumice.formats.gguf.file import GgufFile
+from pumice.formats.gguf.mmproj import _own
 from pumice.formats.load import open_model
 from pumice.formats.pumice.quantized import ABANDONED, copies_folder
 from pumice.formats.read import read_model
+from pumice.storage.json_file import Keys
 from pumice.storage.parts import LoadedParts
 
 SEEING = [
@@ -331,6 +333,14 @@ def test_damaged_halves(pair: Path, tmp_path: Path) -> None:
         (tmp_path / "m.gguf").write_bytes(damaged)
         with pytest.raises(InputError, match=r"m\.gguf is damaged or cut short; fetch it again"):
             read_model(llm, mmproj=tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    "value", ["", "[", "[" * 100_000, "[]", '{"image_wrap": 7}', '{"image_wrap": ["a"]}']
+)
+def test_a_damaged_value_of_our_own_key(value: str) -> None:
+    with pytest.raises(InputError, match=r"m\.gguf: pumice\.vision"):
+        _own(Keys({"pumice.vision": value}, "m.gguf"))
 
 
 def test_a_file_of_k_quants_that_was_cut_short(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ vocabulary, this one takes a twentieth of a second.
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 from collections import Counter
 from collections.abc import Callable
@@ -30,6 +31,7 @@ _STRING, _ARRAY = 8, 9
 # ggml's tensor types that are not quantised; numbers of positions may be whole numbers.
 PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16, 26: torch.int32, 27: torch.int64}
 _MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
+_LARGEST_HEADER = 1 << 27  # bytes; real ones have up to some 30 MB. A list takes 16 times its bytes in memory
 _CHUNK = 1 << 13  # blocks dequantised at a time: 1 MB of values, which stays in the processor's cache
 
 
@@ -55,12 +57,14 @@ class GgufFile:
                 if file.read(4) != b"GGUF":
                     raise InputError(f"{self.path} is not a GGUF file: it does not begin with 'GGUF'")
                 # Only the header is mapped: reading tensors is several times faster than faulting them in.
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                size = os.fstat(file.fileno()).st_size
+                header = min(size, _LARGEST_HEADER)
+                with mmap.mmap(file.fileno(), header, access=mmap.ACCESS_READ) as mapped:
                     self.metadata, self.infos = self._header(mapped)
-                    complete = all(_end(info) <= len(mapped) for info in self.infos.values())
+                complete = all(_end(info) <= size for info in self.infos.values())
         except OSError as error:
             raise InputError(f"cannot read the GGUF file {self.path}: {error.strerror}") from error
-        except (struct.error, OverflowError, MemoryError, UnicodeDecodeError) as error:
+        except (struct.error, OverflowError, UnicodeDecodeError) as error:
             raise self._damaged() from error
         if not complete:
             raise self._damaged()

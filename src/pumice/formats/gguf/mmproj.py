@@ -98,7 +98,7 @@ def _own(keys: Keys) -> Keys:
     label = f"{keys.label}: {OWN_KEY}"
     try:
         own = Keys(json.loads(keys.get(OWN_KEY, str, "{}")), label)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{label} is not JSON; export the model again") from error
     wrap = own.get("image_wrap", list, [])
     if len(wrap) not in (0, 2) or not all(isinstance(text, str) for text in wrap):
