@@ -72,7 +72,7 @@ CAPABILITY = Capability(
 TYPES = {
     "f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18, "keep": 15
 }  # fmt: skip
-_BY_LLAMA_CPP = ("q4_k_m", "q5_k_m", "q6_k")  # which nothing else quantises
+BY_LLAMA_CPP = ("q4_k_m", "q5_k_m", "q6_k")  # which nothing else quantises
 TOWER_TYPES = ("f32", "f16", "q8_0")
 CLASS_TOKENS = ("first", "shifted")
 _SENSITIVE = ("token_embd.weight", "output.weight")  # in 8 bits beside q4_0
@@ -128,7 +128,7 @@ def write(
             f"class_token shifted is for a CLIP; a tower of kind {model.config.vision.kind!r} has no class "
             "token: leave it out"
         )
-    library = llama_library(f"the GGUF type {kind}") if kind in _BY_LLAMA_CPP else None
+    library = llama_library(f"the GGUF type {kind}") if kind in BY_LLAMA_CPP else None
     model = as_mlp(model)
     config, state, tokenizer = model.config, model.state, model.tokenizer
     # 1. The language model. llama.cpp's quantiser reads a file with the weights as they are stored.
