@@ -90,6 +90,30 @@ def test_compiled_parts_give_the_same_loss_and_gradients(
         torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_packs_of_other_lengths_are_not_compiled_again(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs: list[Any] = []
+
+    def backend(module: Any, inputs: Any) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()  # other tests compiled the same code
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    run = make_trainer(make_recipe(compile=True, batch=1))
+    run.model.train()
+    lengths, compiled = set[int](), list[int]()
+    for step in range(3):
+        for pack in run._prepare_step(step).packs:
+            run.objective(pack).backward()
+            lengths.add(len(pack.input_ids))
+            compiled.append(len(graphs))
+    assert len(lengths) == 3
+    # Once for all blocks: the norm, projections with rotary positions, the MLP with its norm and residuals.
+    assert compiled == [3] * len(compiled)
+
+
 class Products(TorchDispatchMode):
     """The matrix products that run, by the shape of their result."""
 

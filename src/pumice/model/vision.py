@@ -154,7 +154,7 @@ class ViT(nn.Module):
         x = self.patch(pixels).flatten(2).transpose(1, 2)  # (B, G*G, C)
         if self.has_class_token:
             x = torch.cat((self.class_token.expand(len(x), 1, -1), x), 1)
-        positions = self.positions
+        positions: Tensor = self.positions
         if self.position_ids is not None:
             positions = positions.index_select(0, numbers_on(positions.device, self.position_ids))
         # CLIP normalizes before the first block; for SigLIP this is the identity.
