@@ -53,8 +53,8 @@ class LazyTensor:
     """A tensor that is read only when it is needed.
 
     loader: reads it in the type that it is given. origin: key and file, for messages. blocks: only of a
-    matrix that is stored in few bits, or will be; an operation that changes its values drops them. stored_as:
-    ggml's name of the type, of a tensor in a GGUF file.
+    matrix that is stored in few bits, or will be; an operation that changes its values drops them. stored_as,
+    stored_bytes: ggml's name of the type and the size in the file, of a tensor in a GGUF file.
     """
 
     shape: tuple[int, ...]
@@ -63,6 +63,7 @@ class LazyTensor:
     origin: str = ""
     blocks: Blocks | None = None
     stored_as: str = ""
+    stored_bytes: int = 0
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """Read the tensor in `dtype`, or in the type that it is stored in."""

@@ -268,7 +268,7 @@ def test_numbers_of_positions_are_left_out(models: ModuleType, tmp_path: Path, p
     ("changes", "extra", "message"),
     [
         ({"clip__projector_type": "ldp"}, {}, "its projector is 'ldp'; only mlp"),
-        ({"clip__projector_type": "mlp_norm"}, {}, "its projector is mlp_norm, Yi-VL's"),
+        ({"clip__projector_type": "mlp_norm"}, {}, "mlp_norm, Yi-VL's, .*; ask it in llama.cpp"),
         ({}, {"mm.3.weight": torch.ones(2, 2)}, "its projector is mlp_norm, Yi-VL's"),
         ({}, {"v.post_ln.weight": torch.ones(32)}, "a norm behind the tower that no LLaVA has"),
         ({}, {"v.extra": torch.ones(1)}, r"unknown v\.extra"),
@@ -286,6 +286,7 @@ def test_numbers_of_positions_are_left_out(models: ModuleType, tmp_path: Path, p
         ({"clip__vision__image_size": None}, {}, r"lacks the key 'clip\.vision\.image_size'"),
         ({"clip__vision__image_mean": [0.5]}, {}, "image_mean and image_std need 3 numbers"),
         ({"pumice__vision": "{"}, {}, r"pumice\.vision is not JSON"),
+        ({"pumice__vision": '{"class_token": "x"}'}, {}, "class_token is 'x'; known are first, shifted"),
     ],
 )
 def test_an_mmproj_that_is_no_llavas(
@@ -391,7 +392,7 @@ def test_a_file_is_converted_once(
 ) -> None:
     monkeypatch.setenv("PUMICE_CACHE", str(tmp_path / "cache"))
     [copy] = converted(pair)
-    assert f"{pair} is converted once, to 0.00 GB in {copy}" in caplog.text
+    assert f"{pair} is converted once, from 0.00 to 0.00 GB in {copy}" in caplog.text
     written = (copy / "quantized.safetensors").stat().st_mtime_ns
     caplog.clear()
     assert converted(pair) == [copy]

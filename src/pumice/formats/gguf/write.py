@@ -37,7 +37,7 @@ from pumice.formats import names as tensor_names
 from pumice.formats.families import FAMILIES, INTERLEAVED
 from pumice.formats.gguf.file import GgufFile, kind_name
 from pumice.formats.gguf.library import llama_library
-from pumice.formats.gguf.mmproj import OWN_KEY, own_values
+from pumice.formats.gguf.mmproj import CLASS_TOKENS, OWN_KEY, own_values
 from pumice.formats.gguf.vocab import write_vocabulary
 from pumice.formats.hf.refusal import connector_refusal, tower_refusal
 from pumice.formats.hf.write import as_mlp
@@ -74,7 +74,6 @@ TYPES = {
 }  # fmt: skip
 BY_LLAMA_CPP = ("q4_k_m", "q5_k_m", "q6_k")  # which nothing else quantises
 TOWER_TYPES = ("f32", "f16", "q8_0")
-CLASS_TOKENS = ("first", "shifted")
 _SENSITIVE = ("token_embd.weight", "output.weight")  # in 8 bits beside q4_0
 _BLOCK = 32  # values that q8_0 and q4_0 quantise together
 _PAD_COLOR = (122, 116, 104)  # llama.cpp's fixed colour
