@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pumice.errors import InputError
-from pumice.files import appending, hold_file, whole_lines
+from pumice.files import appending, hold, whole_lines
 
 T = TypeVar("T")
 
@@ -76,7 +76,7 @@ class ResumableFile(Generic[T]):
     def __init__(self, path: str | PathLike[str], read: Callable[[int, Any], T]) -> None:
         self.path = Path(path)
         try:
-            self._lock = hold_file(self.path)
+            self._lock = hold(self.path, f"writing the file '{path}'")
         except OSError as error:
             raise InputError(f"'{path}' cannot be written: {error.strerror}; name another file") from error
         try:

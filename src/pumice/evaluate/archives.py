@@ -18,14 +18,14 @@ _ENCRYPTED = 1  # a bit of a member's flags
 _VALUE_BYTES = 8  # of a number in memory, however few bits it takes in the file
 
 
-def read_bounded(file: IO[bytes], label: str, remedy: str = "fetch it again") -> bytes:
+def read_bounded(file: IO[bytes], label: str) -> bytes:
     """Return what is left of a file. Raises InputError where that is more than LARGEST_FILE."""
     data = bytearray()
     # In small pieces: `zipfile` unpacks as much as it is asked for, whatever size the member claims.
     while block := file.read(1 << 20):
         data += block
         if len(data) > LARGEST_FILE:
-            raise InputError(f"'{label}' has more than {LARGEST_FILE >> 20} MB; {remedy}")
+            raise InputError(f"'{label}' has more than {LARGEST_FILE >> 20} MB; fetch it again")
     return bytes(data)
 
 

@@ -26,6 +26,7 @@ from pumice.evaluate.task import Answered, Question, Score, Task, mean_statistic
 
 LEVEL = 0.95
 FORMAT = 1  # of the result
+ROWS = 40  # of a table in the terminal
 
 
 @dataclass(frozen=True)
@@ -237,8 +238,8 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def format_result(result: Mapping[str, Any], rows: int = 40) -> str:
-    """Return a result as text for the terminal, with at most `rows` lines of each table."""
+def format_result(result: Mapping[str, Any]) -> str:
+    """Return a result as text for the terminal, with at most ROWS lines of each table."""
     head = result["headline"]
     percent = "%" if head["unit"] == "%" else ""
     interval = head["interval"]
@@ -249,18 +250,18 @@ def format_result(result: Mapping[str, Any], rows: int = 40) -> str:
         line += f"  [{interval[0]:.2f}, {interval[1]:.2f}]"
     lines = [line + label]
     metrics = {
-        n: v for n, v in islice(result["metrics"].items(), rows) if n != head["name"] and v is not None
+        n: v for n, v in islice(result["metrics"].items(), ROWS) if n != head["name"] and v is not None
     }
     width = max(map(len, metrics), default=0)
     lines += [f"  {name:<{width}} {value:10.2f}" for name, value in metrics.items()]
     for title, cells in result["categories"].items():
         lines.append(f"  by {title}")
-        shown = dict(islice(cells.items(), rows))
+        shown = dict(islice(cells.items(), ROWS))
         width = max(map(len, shown), default=0)
         for name, cell in shown.items():
             lines.append(f"    {name:<{width}} {cell['value']:10.2f}  {cell['questions']} questions")
-        if len(cells) > rows:
-            lines.append(f"    ... {len(cells) - rows} more with --json")
+        if len(cells) > ROWS:
+            lines.append(f"    ... {len(cells) - ROWS} more with --json")
     for model, number in result["published"].items():
         lines.append(f"  published {model:<18} {number:10.2f}")
     if result["drift"].get("drifted"):

@@ -107,15 +107,14 @@ def from_hub(
     patterns: Sequence[str] | None = None,
     *,
     revision: str | None = None,
-    offline: bool = False,
     unwanted: Sequence[str] | None = None,
     kind: str = "model",
 ) -> Path:
     """Return the local snapshot folder of a hub repository, in the hub client's own cache.
 
     patterns: globs of the files to fetch, None for all; `unwanted`: globs of those to leave out. kind:
-    "model" or "dataset". offline (or HF_HUB_OFFLINE=1): use only what is in the cache. Raises InputError if
-    the files cannot be had.
+    "model" or "dataset". HF_HUB_OFFLINE=1 uses only what is in the cache. Raises InputError if the files
+    cannot be had.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -125,39 +124,28 @@ def from_hub(
         RevisionNotFoundError,
     )
 
+    # The first that fits counts: a gated repository is also one that is not found, for who may not read it.
+    problems: dict[type[Exception], str] = {
+        HFValidationError: f"{name!r} is neither a folder here nor a name on the hub like 'owner/{kind}'",
+        GatedRepoError: f"{name} on the hub wants its terms accepted first: accept them there, then run "
+        "`hf auth login`",
+        RevisionNotFoundError: f"{name} on the hub has no revision {revision!r}; check its list of commits",
+        RepositoryNotFoundError: f"the hub has no {kind} {name!r} that you may read; check the name, or run "
+        "`hf auth login`",
+        # Network errors depend on the HTTP library that the client uses.
+        Exception: f"{name} is not in the hub's cache and cannot be fetched; check the network "
+        "(and HF_HUB_OFFLINE), or give a local folder",
+    }
+    wanted, ignored = (None if globs is None else [*globs] for globs in (patterns, unwanted))
     try:
         return Path(
             snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=list(patterns) if patterns is not None else None,
-                ignore_patterns=list(unwanted) if unwanted is not None else None,
-                local_files_only=offline,
-                repo_type=kind,
+                name, repo_type=kind, revision=revision, allow_patterns=wanted, ignore_patterns=ignored
             )
         )
-    except HFValidationError as error:
-        raise InputError(
-            f"{name!r} is neither a folder here nor a name on the hub like 'owner/{kind}'"
-        ) from error
-    # Before RepositoryNotFoundError, which it is a subclass of.
-    except GatedRepoError as error:
-        raise InputError(
-            f"{name} on the hub wants its terms accepted first: accept them there, then run `hf auth login`"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise InputError(
-            f"{name} on the hub has no revision {revision!r}; check its list of commits"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            f"the hub has no {kind} {name!r} that you may read; check the name, or run `hf auth login`"
-        ) from error
-    except Exception as error:  # network errors depend on the HTTP library that the client uses
-        raise InputError(
-            f"{name} is not in the hub's cache and cannot be fetched; check the network "
-            "(and HF_HUB_OFFLINE), or give a local folder"
-        ) from error
+    except Exception as error:
+        text = next(text for cause, text in problems.items() if isinstance(error, cause))
+        raise InputError(text) from error
 
 
 def model_from_hub(name: str) -> Path:

@@ -176,7 +176,8 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(self.features))
             if self.world.main:
-                stack.enter_context(hold(self.recipe.output, "output folder"))
+                output = self.recipe.output
+                stack.enter_context(hold(output / ".lock", f"using the output folder {output}"))
             # 2. Resume from the newest checkpoint. A new run is checked before any compute is spent on it.
             resumed = self._resume(folder)
             if (
