@@ -46,14 +46,10 @@ def chat(
 ) -> None:
     """Talk about pictures in the terminal. /help lists what else can be typed."""
     image_files = [_read_image(path) for path in images or []]  # before torch: a wrong path fails at once
-    options.share_cores(waits_for_people=True)
-    from pumice.assistant import CHUNK_SHOWN
-    from pumice.engine.sampling import SamplingParams
-
-    SamplingParams(**sampling.given())  # raises before the model is loaded
     if sys.stdin.isatty():
         print(f"Opening {model} ...", flush=True)
-    Chat(opening.load(model, chunk=CHUNK_SHOWN), sampling.given(), image_files).run()
+    given = sampling.given()
+    Chat(opening.load_to_ask(model, given, shown=True, waits_for_people=True), given, image_files).run()
 
 
 class Chat:
