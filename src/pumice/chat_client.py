@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 from pumice.conversation import Video
 from pumice.errors import InputError, WorkError
 from pumice.images import data_url, read_image
+from pumice.jsonl import parse_json
 
 LONGEST_BACKOFF = 60.0  # seconds
 LONGEST_CONNECT = 10.0  # seconds
@@ -400,14 +401,6 @@ def _completion(values: Any, raw: str, endpoint: ChatEndpoint) -> Outcome:
         "the address of an OpenAI-compatible endpoint, usually one that ends in /v1"
     )
     return Outcome("foreign", why, text, status=200, raw=raw, cost=None)
-
-
-def parse_json(raw: str) -> Any:
-    """Return a JSON value, or None where the text is none."""
-    try:
-        return json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
 
 
 def message_of(values: Any) -> tuple[dict[str, Any] | None, Any]:

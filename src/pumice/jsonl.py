@@ -48,19 +48,20 @@ def read_values(path: Path, read: Callable[[int, Any], T]) -> list[T]:
     """
     lines = whole_lines(path)
     last = path.read_bytes().decode("utf-8", errors="replace").rpartition("\n")[2]
-    if isinstance(_parse(last), dict | list):
+    if isinstance(parse_json(last), dict | list):
         lines.append(last)
     elif last and not is_cut_off(last):
         raise InputError(
             f"'{path}', line {len(lines) + 1} is no object, so the file is another one; name another file or "
             "remove it"
         )
-    return [read(number, _parse(line)) for number, line in enumerate(lines)]
+    return [read(number, parse_json(line)) for number, line in enumerate(lines)]
 
 
-def _parse(line: str) -> Any:
+def parse_json(text: str) -> Any:
+    """Return a JSON value, or None where the text is none."""
     try:
-        return json.loads(line)
+        return json.loads(text)
     except (ValueError, RecursionError):
         return None
 

@@ -20,6 +20,7 @@ from pumice.conversation import Video
 from pumice.errors import InputError
 from pumice.evaluate.archives import members, read_bounded, read_member, read_table
 from pumice.files import replacing
+from pumice.jsonl import parse_json
 
 DEPTH = 4  # levels of folders below --data that are searched
 
@@ -106,7 +107,7 @@ def search(data: Path, names: Sequence[str]) -> DataFile | None:
     for name in names:
         if (data / name).is_file():
             return DataFile(data / name)
-    paths = _paths_below(data)
+    paths = _listing(data.resolve(), data.stat().st_mtime_ns)
     for name in names:
         ending = "/" + name
         matches = [path for path in paths if ("/" + path).endswith(ending) and (data / path).is_file()]
@@ -146,10 +147,6 @@ def _listing(data: Path, modified_ns: int) -> tuple[str, ...]:
         prefix = "" if relative == "." else Path(relative).as_posix() + "/"
         paths += [prefix + name for name in files if not name.lower().endswith((".jpg", ".jpeg", ".png"))]
     return tuple(sorted(paths))
-
-
-def _paths_below(data: Path) -> tuple[str, ...]:
-    return _listing(data.resolve(), data.stat().st_mtime_ns)
 
 
 class ImageFolders:
@@ -241,11 +238,7 @@ def read_lines(file: DataFile) -> tuple[list[dict[str, Any]], list[int]]:
     for number, line in enumerate(file.text().split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict):
+        if isinstance(row := parse_json(line), dict):
             rows.append(row)
         else:
             broken.append(number)

@@ -110,15 +110,18 @@ class Llava(nn.Module):
         """Turn pixels (P, 3, S, S) into image tokens, shaped as in `connect`."""
         return self.connect(self.features(pixels), layouts)
 
+    def for_connector(self, features: Tensor) -> Tensor:
+        """Return features in the connector's dtype. The tower may have another, or they come from the CPU."""
+        weight = next(self.connector.parameters(), None)
+        return features if weight is None else features.to(weight.device, weight.dtype)
+
     def connect(self, features: Tensor, layouts: Sequence[Layout] = ()) -> Tensor:
         """Turn the tower's features (P, F, C) into image tokens (P, N, D), or (total, D) with anyres.
 
         layouts: of the images, in order; only anyres needs them. Raise ValueError if their number of tiles is
         not P.
         """
-        # The tower may have another dtype, or its features may come from the CPU.
-        weight = next(self.connector.parameters(), None)
-        features = features if weight is None else features.to(weight.device, weight.dtype)
+        features = self.for_connector(features)
         if self.config.image.mode != "anyres":
             return self.connector(features)
         tiles = [layout.tiles for layout in layouts]

@@ -96,14 +96,6 @@ def _spaced(text: str) -> str:
     return _WORD_OF_ONE.sub(r" \g<0> ", _same_form(text))
 
 
-def _exact(text: str, meta: Any) -> float:
-    return float(_plain(text) in [_plain(answer) for answer in meta["answers"]])
-
-
-def _contains(text: str, meta: Any) -> float:
-    return float(any(_holds(text, answer) for answer in meta["answers"]))
-
-
 def _holds(text: str, answer: str) -> bool:
     # Of an answer such as "A", which M4C drops as an article, nothing would be left to look for.
     form = normalize_m4c if normalize_m4c(_spaced(answer)) else _plain
@@ -172,22 +164,6 @@ def _without_denied(text: str, options: Mapping[str, str]) -> str:
     return re.sub(rf"{_NOT}{several}|\b{one}{_IS_WRONG}", " ", text).strip()
 
 
-def _option(text: str, meta: Any) -> float:
-    return float(read_option(text, meta["choices"]) in meta["answers"])
-
-
-def _yes_no(text: str, meta: Any) -> float:
-    return float(means_yes(text) == means_yes(meta["answers"][0]))
-
-
-def _rouge(text: str, meta: Any) -> float:
-    return rouge_l(_spaced(text), [_spaced(answer) for answer in meta["answers"]])
-
-
-def _box(text: str, meta: Any) -> float:
-    return is_right(best_iou(text, meta["box_map"], meta["boxes"]))
-
-
 # Whether no rule reads an answer, and what such an answer counts as.
 UNREAD: dict[str, tuple[Callable[[str, Any], bool], str]] = {
     "option": (
@@ -200,13 +176,18 @@ UNREAD: dict[str, tuple[Callable[[str, Any], bool], str]] = {
 
 
 METRICS: dict[str, Callable[[str, Any], float]] = {
-    "exact": _exact,  # the same text; case and a final full stop do not count
-    "contains": _contains,  # the text holds an answer as whole words
+    # The same text; case and a final full stop do not count.
+    "exact": lambda text, meta: float(_plain(text) in map(_plain, meta["answers"])),
+    # The text holds an answer as whole words.
+    "contains": lambda text, meta: float(any(_holds(text, answer) for answer in meta["answers"])),
     "vqa": _vqa,  # M4C's normalisation; from four answers on, one person is left out
-    "option": _option,  # the letter of one of "choices"
-    "yes_no": _yes_no,  # as POPE reads yes and no
-    "rouge_l": _rouge,
-    "box": _box,  # its first box overlaps one of the right ones by half
+    # The letter of one of "choices".
+    "option": lambda text, meta: float(read_option(text, meta["choices"]) in meta["answers"]),
+    # As POPE reads yes and no.
+    "yes_no": lambda text, meta: float(means_yes(text) == means_yes(meta["answers"][0])),
+    "rouge_l": lambda text, meta: rouge_l(_spaced(text), list(map(_spaced, meta["answers"]))),
+    # Its first box overlaps one of the right ones by half.
+    "box": lambda text, meta: is_right(best_iou(text, meta["box_map"], meta["boxes"])),
 }
 
 
