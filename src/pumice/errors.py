@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 
+CAUSE = "\0"  # stands for the error in a sentence of `wrong_input`: no path or value that is shown holds it
 NEWER = "; remove it, or update Pumice if a newer version wrote it"  # the remedy for an unknown name
 
 
@@ -88,6 +89,16 @@ def finite(value: float, label: str) -> float:
     if not math.isfinite(number):
         raise InputError(f"{label}: expected a finite number, found {shorten(value)}")
     return number
+
+
+@contextlib.contextmanager
+def wrong_input(kinds: type[Exception] | tuple[type[Exception], ...], sentence: str) -> Iterator[None]:
+    """Turn errors of these kinds into an InputError with this sentence; CAUSE in it stands for the error."""
+    try:
+        yield
+    except kinds as error:
+        cause = getattr(error, "strerror", None) or error  # an OSError's own text repeats the path
+        raise InputError(sentence.replace(CAUSE, str(cause))) from error
 
 
 @contextlib.contextmanager

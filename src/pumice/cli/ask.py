@@ -14,7 +14,7 @@ import typer
 from typer import Argument, Option
 
 from pumice.cli import options, reading
-from pumice.errors import InputError
+from pumice.errors import CAUSE, InputError, wrong_input
 from pumice.files import replacing
 from pumice.jsonl import AnswerFile, json_text, print_json
 from pumice.progress import LOG_SECONDS, ProgressBar
@@ -187,15 +187,12 @@ class _Row:
 
 def _ask_batch(source: Path, out: Path, asking: _Asking, slots: int) -> None:
     # 1. Read all rows and check the paths, before the model is loaded.
-    try:
+    with (
+        wrong_input(OSError, f"the questions '{source}' cannot be read: {CAUSE}; check the path"),
+        wrong_input(UnicodeDecodeError, f"'{source}' is not UTF-8 text; save it as UTF-8"),
+    ):
         # Not splitlines: it also splits at characters that JSON allows inside a text.
         lines = source.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise InputError(
-            f"the questions '{source}' cannot be read: {error.strerror}; check the path"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"'{source}' is not UTF-8 text; save it as UTF-8") from error
     rows = [
         _read_row(line, number, source.parent, asking.frames)
         for number, line in enumerate(lines, 1)

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
-from pumice.errors import InputError, install, shorten
+from pumice.errors import InputError, install, shorten, wrong_input
 
 LARGEST_FILE = 1 << 30  # bytes of one file, unpacked; the largest official one has 0.8 GB
 EXPANSION = 20  # a parquet file that is larger may hold so many times its size
@@ -51,10 +51,8 @@ def read_member(path: Path, member: str) -> bytes:
     another method than deflation.
     """
     label, archive = f"{path}/{member}", _archive(path)
-    try:
+    with wrong_input(KeyError, f"'{path}' has no file {shorten(member)}; fetch the zip again"):
         info = archive.getinfo(member)
-    except KeyError as error:
-        raise InputError(f"'{path}' has no file {shorten(member)}; fetch the zip again") from error
     if info.file_size > LARGEST_FILE:
         raise InputError(
             f"'{label}' has {info.file_size >> 20} MB, more than {LARGEST_FILE >> 20}; unpack the right file"

@@ -25,7 +25,7 @@ from pumice.data.objects import read_objects
 from pumice.data.pictures import Image, beside, structured, videos_of
 from pumice.data.rows import Row, Rows
 from pumice.data.sources.recognise import HUB, format_of
-from pumice.errors import InputError
+from pumice.errors import CAUSE, InputError, wrong_input
 from pumice.evaluate.files import DataFile, ImageFile, read_rows, search
 from pumice.evaluate.metrics.boxes import best_iou, is_right
 from pumice.evaluate.metrics.captions import rouge_l
@@ -324,10 +324,8 @@ def _question(row: dict[str, Any], label: str, folder: Path, number: int, box_ma
     if choices and "prompt" not in row:
         prompt = "\n".join([prompt, *(f"{letter}. {text}" for letter, text in choices.items())])
     if videos := videos_of(row, error_prefix):
-        try:
+        with wrong_input(InputError, f"{error_prefix}: {CAUSE}"):
             names, prompt = beside(names, videos, prompt)
-        except InputError as error:
-            raise InputError(f"{error_prefix}: {error}") from error
     meta = {
         "question": row["question"],
         "answers": answers,
@@ -354,13 +352,11 @@ def _right_boxes(
         boxes = [boxes]
     if len(images) != 1:
         raise InputError(f"{error_prefix}: the metric 'box' needs one picture, found {len(images)}")
-    try:
+    with wrong_input(InputError, f"{error_prefix}: {CAUSE}"):
         size = _size(images[0])
         objects = read_objects({"bbox": boxes, "bbox_type": row.get("bbox_type")})
         check_boxes(objects, 1)
         return {"boxes": picture_boxes(objects, [size]), "box_map": box_map(size, 1)}
-    except InputError as error:
-        raise InputError(f"{error_prefix}: {error}") from error
 
 
 def _size(image: ImageFile) -> Size:

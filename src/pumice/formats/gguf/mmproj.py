@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from pumice.config import ConnectorConfig, ImagePolicy, VisionConfig, as_stored, from_dict, naming
-from pumice.errors import InputError
+from pumice.errors import InputError, wrong_input
 from pumice.formats import names as tensor_names
 from pumice.formats.gguf.file import GgufFile
 from pumice.formats.gguf.llm import lazy_tensor, shortest
@@ -96,10 +96,8 @@ def own_values(
 def _own(keys: Keys) -> Keys:
     """Return what OWN_KEY says, nothing where it is absent."""
     label = f"{keys.label}: {OWN_KEY}"
-    try:
+    with wrong_input(ValueError, f"{label} is not JSON; export the model again"):
         own = Keys(json.loads(keys.get(OWN_KEY, str, "{}")), label)
-    except ValueError as error:
-        raise InputError(f"{label} is not JSON; export the model again") from error
     wrap = own.get("image_wrap", list, [])
     if len(wrap) not in (0, 2) or not all(isinstance(text, str) for text in wrap):
         raise InputError(f"{label}: image_wrap should be two texts, not {wrap!r}; export the model again")
