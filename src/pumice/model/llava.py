@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pumice.capability import Capability, fields
 from pumice.config import IMAGE_TOKEN, ModelConfig, VisionConfig
-from pumice.errors import InputError
+from pumice.errors import check_known
 from pumice.geometry import Layout
 from pumice.model.adapters import add_lora
 from pumice.model.connector import Connector, arrange, average, check_image_tokens
@@ -44,8 +44,7 @@ _BUILT_IN = dict(TOWERS)  # known to give config.features of config.width
 
 def make_tower(config: VisionConfig) -> nn.Module:
     """Build the vision tower. Raise InputError on an unknown kind, or a field that this kind lacks."""
-    if config.kind not in TOWERS:
-        raise InputError(f"unknown vision tower {config.kind!r}; use one of {', '.join(TOWERS)}")
+    check_known(config.kind, TOWERS, f"unknown vision tower {config.kind!r}")
     implemented, module = TOWERS[config.kind]
     Capability(f"a tower of kind {config.kind}", {VisionConfig: fields(implemented)}).check(config)
     return module(config)

@@ -25,7 +25,7 @@ from pumice.data.objects import read_objects
 from pumice.data.pictures import Image, beside, structured, videos_of
 from pumice.data.rows import Row, Rows
 from pumice.data.sources.recognise import HUB, format_of
-from pumice.errors import CAUSE, InputError, wrong_input
+from pumice.errors import CAUSE, InputError, check_known, wrong_input
 from pumice.evaluate.files import DataFile, ImageFile, read_rows, search
 from pumice.evaluate.metrics.boxes import best_iou, is_right
 from pumice.evaluate.metrics.captions import rouge_l
@@ -301,8 +301,7 @@ def _question(row: dict[str, Any], label: str, folder: Path, number: int, box_ma
     if not isinstance(answers, list) or not answers:
         raise InputError(f"{error_prefix}: 'answers' must be a text or a list of texts, found {answers!r}")
     metric = row.get("metric", "option" if row.get("choices") else "exact")
-    if metric not in METRICS:
-        raise InputError(f"{error_prefix}: there is no metric {metric!r}; use one of {', '.join(METRICS)}")
+    check_known(metric, METRICS, f"{error_prefix}: there is no metric {metric!r}")
     choices = structured(row.get("choices"))
     if isinstance(choices, list):
         choices = {chr(ord("A") + n): str(text) for n, text in enumerate(choices)}
