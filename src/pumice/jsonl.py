@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pumice.errors import InputError
+from pumice.errors import CAUSE, InputError, wrong_input
 from pumice.files import appending, hold, whole_lines
 
 T = TypeVar("T")
@@ -76,10 +76,8 @@ class ResumableFile(Generic[T]):
 
     def __init__(self, path: str | PathLike[str], read: Callable[[int, Any], T]) -> None:
         self.path = Path(path)
-        try:
+        with wrong_input(OSError, f"'{path}' cannot be written: {CAUSE}; name another file"):
             self._lock = hold(self.path, f"writing the file '{path}'")
-        except OSError as error:
-            raise InputError(f"'{path}' cannot be written: {error.strerror}; name another file") from error
         try:
             self.values = read_values(self.path, read)
             if len(self.values) > len(whole_lines(self.path)):

@@ -18,7 +18,7 @@ from pumice.conversation import StoredImage, Video
 from pumice.data.pictures import Image
 from pumice.data.rows import ImageFinder, Row, Rows, to_llava
 from pumice.data.sources.columns import arrow
-from pumice.errors import InputError
+from pumice.errors import InputError, check_known
 from pumice.files import replacing
 from pumice.images import read_image
 from pumice.jsonl import parse_json
@@ -48,8 +48,7 @@ def convert(
     be used are left out. progress: called with the number of rows that are done. Raises InputError when there
     are more than `max_bad_rows` of these, or `out` holds anything else.
     """
-    if form not in WRITERS:
-        raise InputError(f"there is no form {form!r}; use one of {', '.join(WRITERS)}")
+    check_known(form, WRITERS, f"there is no form {form!r}")
     # 1. Refuse what cannot be done before anything is written.
     if form == "parquet":
         arrow()

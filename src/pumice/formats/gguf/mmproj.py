@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from pumice.config import ConnectorConfig, ImagePolicy, VisionConfig, as_stored, from_dict, naming
-from pumice.errors import InputError
+from pumice.errors import InputError, wrong_input
 from pumice.formats import names as tensor_names
 from pumice.formats.gguf.file import GgufFile
 from pumice.formats.gguf.llm import lazy_tensor, shortest
@@ -97,10 +97,8 @@ def own_values(
 def _own(keys: Keys) -> Keys:
     """Return what OWN_KEY says, nothing where it is absent."""
     label = f"{keys.label}: {OWN_KEY}"
-    try:
+    with wrong_input((ValueError, RecursionError), f"{label} is not JSON; export the model again"):
         own = Keys(json.loads(keys.get(OWN_KEY, str, "{}")), label)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{label} is not JSON; export the model again") from error
     if (class_token := own.get("class_token", str, "first")) not in CLASS_TOKENS:
         raise InputError(
             f"{label}: class_token is {class_token!r}; known are {', '.join(CLASS_TOKENS)}; export it again"
