@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from asking import ask, data_uri, picture, post, wait_until
 from test_limits import error_of
 
 from pumice.engine.grammar_check import GrammarCheck
-from pumice.serve import backend, guard
+from pumice.serve import backend, guard, work
 from pumice.serve.connection import FED, MAX_HEADERS, MAX_PIPELINED
+from pumice.serve.errors import ApiError
 from pumice.tokens import PIECE, Tokenizer
 
 KB = 1024
@@ -229,6 +232,10 @@ def test_what_comes_back_is_shortened(
     assert LONG[:201] not in logged
 
 
+def test_no_error_is_longer_than_a_thousand_characters() -> None:
+    assert ApiError(400, "x" * 2000).message == "x" * 1000 + "... (2000 characters)"
+
+
 def test_a_token_of_too_many_digits_comes_back_shortened(server: str) -> None:
     response = post(server, {"prompt": [10**4000]}, "/v1/completions")
     assert "the prompt has the token 1000" in error_of(response, 400)["message"]
@@ -299,6 +306,30 @@ def test_pictures_to_explain_have_a_limit_together(local: Any) -> None:
             response = post(url, body, "/explain")
             assert response.status_code == status
         assert error_of(response, 400)["code"] == "image_too_large"
+
+
+@pytest.mark.parametrize(("kind", "times"), [("long", 1), ("explain", 1), ("short", 0)])
+def test_memory_of_long_work_goes_back(monkeypatch: pytest.MonkeyPatch, kind: Any, times: int) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(work, "return_freed_memory", lambda: calls.append(1))
+    workers = work.Workers()
+    assert asyncio.run(workers.run(kind, lambda: 3)) == 3
+    workers.close()
+    assert len(calls) == times
+
+
+def test_memory_of_large_requests_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    returned = threading.Event()
+    monkeypatch.setattr(work, "return_freed_memory", returned.set)
+    threads = threading.active_count()
+    account = work.Account(work.Memory(4 * work.LARGE))
+    account.take(work.LARGE)
+    account.close()
+    assert threading.active_count() == threads
+    account.take(work.LARGE + 1)
+    account.close()
+    assert returned.wait(60)
+    assert account.memory.taken == 0
 
 
 def test_a_data_uri_without_data(server: str) -> None:

@@ -31,7 +31,7 @@ from pumice.serve.ollama import OllamaChatRequest, OllamaGenerateRequest
 from pumice.serve.responses import ResponsesRequest
 from pumice.serve.settings import ServerSettings
 from pumice.serve.work import SHORT_TEXT, THREADS, Workers
-from pumice.stopping import Stopped, check_stopped
+from pumice.stopping import Stopped, check_stopped, stoppable
 
 # It takes a minute to compile. Each number makes it another one.
 PATTERNS = [{"type": "string", "pattern": f".*{letter}.*"} for letter in "abcdefghijklmnopqrst"]
@@ -360,6 +360,19 @@ def test_long_work_leaves_threads_to_short_work() -> None:
         workers.close()
 
     asyncio.run(main())
+
+
+def test_a_search_for_the_damaged_picture_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, opened = threading.Event(), []
+
+    def opening(data: bytes) -> None:
+        opened.append(data)
+        stop.set()
+
+    monkeypatch.setattr(images, "open_image", opening)
+    with stoppable(stop), pytest.raises(Stopped):
+        images.find_damaged({"a": b"1", "b": b"2"})
+    assert opened == [b"1"]
 
 
 def test_each_kind_of_work_has_its_threads(roomy: str, monkeypatch: pytest.MonkeyPatch) -> None:
