@@ -52,7 +52,8 @@ WEIGHTS = pytest.mark.parametrize("weights", ["int8", "int4", "mixed", "fp32"])
 
 
 def make(weights: str = "int8", **more: Any) -> Decoder:
-    sizes = {"heads": 4, "kv_heads": 2, "head_dim": 16, "width": 64, "mlp_width": 160} | more
+    width = 256 if weights == "mixed" else 64  # from 256 on, int4 is Q4_K, whose activations share scales
+    sizes = {"heads": 4, "kv_heads": 2, "head_dim": 16, "width": width, "mlp_width": 160} | more
     config = DecoderConfig(vocab_size=52, depth=3, **sizes)
     torch.manual_seed(0)
     decoder = Decoder(config).eval().requires_grad_(False)
@@ -148,11 +149,12 @@ def test_a_row_is_the_same_in_any_company_and_with_any_threads(weights: str) -> 
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("weights", ["int8", "mixed"])
 @pytest.mark.parametrize("window", [None, 48])
 @torch.inference_mode()
-def test_a_prompt_equals_the_modules_and_does_not_depend_on_company(window: int | None) -> None:
+def test_a_prompt_equals_the_modules_and_does_not_depend_on_company(window: int | None, weights: str) -> None:
     """Prompts, with and without an earlier part, beside an answer."""
-    decoder = make("int8", sliding_window=window)
+    decoder = make(weights, sliding_window=window)
     segments = [
         Segment([0, 9, 5, 7], 0, 100), Segment([1], 20, 1), Segment([2, 8, 4], 33, 40), Segment([3], 0, 2),
     ]  # fmt: skip
@@ -183,6 +185,25 @@ def test_a_prompt_equals_the_modules_and_does_not_depend_on_company(window: int 
             alone = ready(decoder, fresh())
             rows = x[ends[number] - segment.new : ends[number]]
             assert torch.equal(alone.logits(rows, [segment], [segment.new - 1])[0], together[1 + number])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.inference_mode()
+def test_activations_are_not_rounded_anew_while_a_thread_multiplies_them() -> None:
+    decoder = make("mixed", heads=16, kv_heads=16)
+    segment = Segment(range(5), 0, 143)
+    x = decoder.embed(torch.arange(segment.new) % 52)
+
+    def logits(thread_count: int) -> Tensor:
+        torch.set_num_threads(thread_count)
+        cache = KVCache(decoder.config, 5 * 32, CPU, torch.bfloat16, block=32)
+        return ready(decoder, cache).logits(x, [segment], [segment.new - 1])
+
+    threads = torch.get_num_threads()
+    try:
+        alone = logits(1)
+        assert all(torch.equal(logits(count), alone) for _ in range(30) for count in (2, 3))
     finally:
         torch.set_num_threads(threads)
 

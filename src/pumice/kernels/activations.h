@@ -1,7 +1,7 @@
 /* Round activations to 8 bits. Every integer product multiplies with these.
  *
- * Each 32 of a row have a scale; beside Q4_K, whose weights share scales in 256, each 256 have one, as in llama.cpp. The
- * largest of them becomes 127. Prompts and answers get the same numbers, on every processor.
+ * Each 32 of a row have a scale. Before a matrix in Q4_K, whose own scales are for 256 weights, each 256 have one, as in
+ * llama.cpp. The largest of them becomes 127. Prompts and answers get the same numbers, on every processor.
  */
 #ifndef PUMICE_ACTIVATIONS_H
 #define PUMICE_ACTIVATIONS_H
@@ -16,8 +16,10 @@ typedef struct {
 
 #define SMALLEST 1e-30f /* if the largest is smaller, the group becomes zeros: 127 / largest would overflow */
 
+/* Whole floats, because floats follow in the same memory. */
 static inline int64_t activation_bytes(int64_t rows, int64_t inputs) {
-    return rows * (inputs + inputs / GROUP * (int64_t)(sizeof(float) + sizeof(int16_t)));
+    const int64_t size = sizeof(float), bytes = rows * (inputs + inputs / GROUP * (size + (int64_t)sizeof(int16_t)));
+    return (bytes + size - 1) / size * size;
 }
 
 /* How many groups of a matrix's input share a scale. */

@@ -302,7 +302,8 @@ static Input make_input(const Linear *layer, Source from, int64_t rows, void *ow
     return input;
 }
 
-/* The same for the next layer that reads these rows: what was made, unless its activations share scales otherwise. */
+/* Make the input of the next layer that reads the same rows. It is what was made for the layer before, unless their
+ * matrices need scales for other groups. Threads may still read what was made, so it is replaced after a barrier. */
 static Input next_input(const Linear *layer, Input made, Source from, int64_t rows, void *own, void *shared,
                         float *row) {
     if (share_of(layer) == shared_by(made)) return made;

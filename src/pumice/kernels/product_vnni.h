@@ -5,10 +5,12 @@
  * With many rows (a prompt), weights and scales are unpacked first, some groups of WIDE tiles at a time: to a byte for
  * each weight, and fp32. What is multiplied and added, and in which order, stays the same.
  *
- * Of Q4_K, the scales of weights and activations are those of 256: only sums of 256 are multiplied by them. So a group
- * takes two operations with fp32 a row and tile less: a tenth of the time.
+ * In Q4_K, weights and activations have scales for 256 numbers, so only sums of 256 are multiplied by them. That saves two
+ * operations in fp32 for each group, row and tile: a tenth of the time.
  */
 #include <immintrin.h>
+
+_Static_assert(SPAN % SUPER == 0, "a span holds whole blocks of Q4_K");
 
 #define WIDE 4
 #define ROWS 3
@@ -114,7 +116,7 @@ INLINE void multiply(const int kind, const int rows, const int tiles, const uint
                      int64_t inputs, const Activations *x, int64_t row, int64_t first, int64_t last, float *sums) {
     const int64_t groups = inputs / GROUP, each = tile_bytes(kind, inputs);
     const uint8_t *scales = data + number_bytes(kind, inputs);
-    __m512 f[ROWS][WIDE]; /* sums; of Q4_K: those of 256 weights */
+    __m512 f[ROWS][WIDE]; /* the sums; in Q4_K what the 256 weights at hand add to them, before their scales */
     for (int r = 0; r < rows; r++)
         for (int t = 0; t < tiles; t++)
             f[r][t] = kind == Q4_K ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (r * tiles + t) * TILE);

@@ -110,7 +110,7 @@ class Server(uvicorn.Server):
         """Close the listeners, once nobody waits there: the system would reset who is not accepted."""
         for listener in listeners:
             with contextlib.suppress(OSError):
-                listener.listen(0)  # the system lets hardly anybody else wait
+                listener.listen(0)  # from now on the system queues hardly any connection
 
         def nobody_waits() -> bool:
             return not any(select.select([listener], [], [], 0)[0] for listener in listeners)
