@@ -26,6 +26,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def clip(folder: Path) -> str:
+    """The name of an animation of four frames in the folder."""
+    first, *others = (Image.new("RGB", (20, 10), (60 * n, 0, 0)) for n in range(4))
+    first.save(folder / "clip.gif", save_all=True, append_images=others, duration=100)
+    return "clip.gif"
+
+
+@pytest.fixture
 def run(tiny_folder: Path) -> Any:
     def run(*arguments: str, stdin: str | None = None, model: bool = True) -> Any:
         chosen = ["--model", str(tiny_folder), "--device", "cpu"] if model else []

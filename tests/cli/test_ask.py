@@ -275,10 +275,8 @@ def test_batch(run: Any, folder: Path, tiny_folder: Path, monkeypatch: pytest.Mo
     assert sorted(p.name for p in folder.iterdir()) == ["a dog.png", "inside", "out.jsonl"]
 
 
-def test_videos_in_a_batch(run: Any, folder: Path, tiny_folder: Path) -> None:
+def test_videos_in_a_batch(run: Any, folder: Path, clip: str, tiny_folder: Path) -> None:
     """Beside pictures, where they are marked; --frames holds for each."""
-    first, *others = (Image.new("RGB", (20, 10), (60 * n, 0, 0)) for n in range(4))
-    first.save(folder / "clip.gif", save_all=True, append_images=others, duration=100)
     rows = [
         {"id": 0, "video": "clip.gif", "question": "What?"},
         {"id": 1, "video": "clip.gif", "question": "<video> What?"},
@@ -296,13 +294,13 @@ def test_videos_in_a_batch(run: Any, folder: Path, tiny_folder: Path) -> None:
     assert run(*command, "--frames", "2").exit_code == 0
     answers = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     assistant = load(tiny_folder, device="cpu")
-    clip = Video(folder / "clip.gif", 2)
+    video = Video(folder / clip, 2)
     expected = [
-        assistant.ask(clip, "What?", max_new_tokens=8),
-        assistant.ask(clip, "What?", max_new_tokens=8),
-        assistant.ask([clip, folder / "cat.png"], "<image> or <image>?", max_new_tokens=8),
+        assistant.ask(video, "What?", max_new_tokens=8),
+        assistant.ask(video, "What?", max_new_tokens=8),
+        assistant.ask([video, folder / "cat.png"], "<image> or <image>?", max_new_tokens=8),
         assistant.ask(folder / "clip.gif", "What?", max_new_tokens=8),
-        assistant.ask(clip, "What?", max_new_tokens=8),
+        assistant.ask(video, "What?", max_new_tokens=8),
     ]
     assert [answer["answer"] for answer in answers[:5]] == expected
     for answer, words in zip(answers[5:], (
@@ -386,13 +384,36 @@ finally:
     assert (process.returncode, process.stderr) == (0, "[]\n")
 
 
+def test_wrong_videos(
+    run: Any, refused: Any, folder: Path, clip: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = (folder / clip).read_bytes()
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "none.gif").write_bytes(whole[:20])
+    (folder / "torn.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(40))
+    frames = [Image.new("RGB", (8, 8), (2 * n, 0, 0)) for n in range(100)]
+    frames[0].save(folder / "long.gif", save_all=True, append_images=frames[1:], duration=100)
+    for name, count, words in (
+        ("empty.mp4", "2", "'empty.mp4' is empty (0 bytes)"),
+        ("none.gif", "2", "none.gif"),
+        ("torn.mp4", "2", "torn.mp4 "),  # has no frame, or needs PyAV
+        ("long.gif", "100", "of its 100 frames fit: show fewer (--frames)"),
+        ("cat.png", "2", "--frames is for a video or an animation, and none is shown"),
+    ):
+        refused(run("ask", name, "What?", "--frames", count, *SHORT), words)
+    # A damaged end is left out and told; pictures and frames stand beside each other.
+    (folder / "cut.gif").write_bytes(whole[: whole.rindex(b"\x21\xf9\x04")])
+    result = run("ask", "cat.png", "cut.gif", "What?", "--frames", "3", *SHORT)
+    assert result.exit_code == 0 and result.stdout.strip()
+    assert "cut.gif is damaged after frame 3 (it does not end as a GIF does)" in caplog.text
+    assert "on more than 1: answers may be poor" in caplog.text  # a picture and frames are several
+
+
 def test_frames_are_of_animations_alone(
-    run: Any, refused: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any, refused: Any, folder: Path, clip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A still picture beside a video stays a picture, which may be cut into tiles."""
-    first, *others = (Image.new("RGB", (20, 10), (60 * n, 0, 0)) for n in range(4))
-    first.save(folder / "clip.gif", save_all=True, append_images=others, duration=100)
-    first.save(folder / "still.gif")
+    Image.new("RGB", (20, 10)).save(folder / "still.gif")
     asked: list[Any] = []
     stream = Assistant.stream
 
@@ -401,8 +422,8 @@ def test_frames_are_of_animations_alone(
         return stream(self, conversation, **options)
 
     monkeypatch.setattr(Assistant, "stream", recorded)
-    result = run("ask", "cat.png", "clip.gif", "still.gif", "What?", "--frames", "2", *SHORT)
+    result = run("ask", "cat.png", clip, "still.gif", "What?", "--frames", "2", *SHORT)
     assert result.exit_code == 0
     assert [isinstance(source, Video) for source in asked] == [False, True, False]
-    assert asked[1] == Video("clip.gif", 2)
+    assert asked[1] == Video(clip, 2)
     refused(run("ask", "cat.png", "still.gif", "What?", "--frames", "2"), "--frames is for a video or an")

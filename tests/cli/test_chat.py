@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pumice.assistant import Assistant, load
-from pumice.conversation import from_llava
+from pumice.conversation import Video, from_llava
 
 SHORT = ["--max-new-tokens", "8"]
 
@@ -53,6 +53,47 @@ def test_chat(run: Any, folder: Path, tiny_folder: Path) -> None:
     assert len(second["conversations"]) == 2
     assert "With your next question: a dog.png, cat.png, a dog.png" in result.stdout
     assert "Ctrl-C" in result.stdout
+
+
+def test_chat_shows_videos(
+    run: Any, folder: Path, clip: str, tiny_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also beside pictures, and in later turns, where those before stay; a file may go once it was read."""
+    typed = [
+        "What?", "/image cat.png clip.gif", "/video clip.gif", "Who?", "/video cat.png", "/video",
+        "/save talk.json", "/video clip.gif", "/remove",
+    ]  # fmt: skip
+    result = run("chat", clip, "--frames", "2", *SHORT, stdin="\n".join(typed) + "\n")
+    assert result.exit_code == 0
+    errors = result.stderr.splitlines()
+    assert caplog.text.count("was not trained on videos") == 1
+    assert len(errors) == 2 and "'cat.png' is a single picture; show it with /image" in errors[0]
+    assert "/video needs a path; write for example: /video clip.mp4" in errors[1]
+    (talk,) = json.loads((folder / "talk.json").read_text())
+    assert (talk["image"], talk["video"]) == (["cat.png"], ["clip.gif"] * 3)
+    spoken = [(turn["from"], turn["value"]) for turn in talk["conversations"]]
+    assert [text for speaker, text in spoken if speaker == "human"] == [
+        "<video>\nWhat?", "<image><video><video>Who?",
+    ]  # fmt: skip
+    assistant = load(tiny_folder, device="cpu")
+    video = Video(folder / clip, 2)
+    assert spoken[1] == ("gpt", assistant.ask(video, "What?", max_new_tokens=8))
+    shown = [video, folder / "cat.png", video, video]
+    turns = [(speaker, text.replace("<video>", "<image>")) for speaker, text in spoken[:3]]
+    conversation = from_llava("talk", turns, shown)
+    assert spoken[3] == ("gpt", "".join(assistant.stream(conversation, max_new_tokens=8)))
+    # Without --frames, an animation is a picture for /image.
+    typed = ["/image clip.gif", "/video clip.gif", "Who?", "/save second.json"]
+    assert run("chat", *SHORT, stdin="\n".join(typed) + "\n").exit_code == 0
+    (second,) = json.loads((folder / "second.json").read_text())
+    assert (second["image"], second["video"]) == (["clip.gif"], ["clip.gif"])
+
+
+def test_chat_with_a_video_that_cannot_be_read(run: Any, refused: Any, folder: Path) -> None:
+    (folder / "torn.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(40))
+    refused(run("chat", "torn.mp4", stdin="What?\n"), "torn.mp4 ")
+    result = run("chat", *SHORT, stdin="/image torn.mp4\nWhat?\n")
+    assert result.exit_code == 0 and "torn.mp4 " in result.stderr and result.stdout.strip()
 
 
 def test_chat_begins_with_pictures_and_ends_with_its_input(run: Any, folder: Path) -> None:

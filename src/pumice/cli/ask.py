@@ -43,10 +43,7 @@ def ask(
             metavar="OUT",
         ),
     ] = None,
-    frames: Annotated[
-        int | None,
-        Option(min=1, help="Frames of a video or an animation; by default as the model was trained."),
-    ] = None,
+    frames: options.VideoFrames = None,
     slots: Annotated[int, Option(min=1, help="Questions of --batch answered at a time.")] = 8,
     *,
     sampling: options.Sampling,

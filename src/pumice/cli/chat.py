@@ -21,12 +21,13 @@ from pumice.files import replacing
 
 if TYPE_CHECKING:
     from pumice.assistant import Assistant
-    from pumice.conversation import Message
+    from pumice.conversation import Message, Video
 
 SAMPLING = options.Sampling(max_new_tokens=512)
 HELP = """\
-/image PATH...  show pictures with your next question (or drop files into the terminal)
-/remove         take back the pictures that wait for your next question
+/image PATH...  show pictures or videos with your next question (or drop files into the terminal)
+/video PATH...  show videos; an animated GIF or WebP is one here, but a picture for /image
+/remove         take back what waits for your next question
 /reset          begin a new conversation, without pictures
 /save FILE      write the conversation as a LLaVA row, JSON
 /help           these lines
@@ -37,36 +38,43 @@ Ctrl-C stops an answer and keeps the conversation."""
 @options.expand
 def chat(
     images: Annotated[
-        list[str] | None, Argument(help="Pictures to begin with.", metavar="[IMAGE]...")
+        list[str] | None, Argument(help="Pictures or videos to begin with.", metavar="[IMAGE]...")
     ] = None,
     model: options.Model = "pumice-tiny",
+    frames: options.VideoFrames = None,
     sampling: options.Sampling = SAMPLING,
     *,
     opening: options.Opening,
 ) -> None:
     """Talk about pictures in the terminal. /help lists what else can be typed."""
-    image_files = [_read_image(path) for path in images or []]  # before torch: a wrong path fails at once
+    files = [_read_file(path, frames) for path in images or []]  # before torch: a wrong path fails at once
     if sys.stdin.isatty():
         print(f"Opening {model} ...", flush=True)
     given = sampling.given()
-    Chat(opening.load_to_ask(model, given, shown=True, waits_for_people=True), given, image_files).run()
+    Chat(opening.load_to_ask(model, given, shown=True, waits_for_people=True), given, files, frames).run()
 
 
 class Chat:
     """One conversation.
 
-    It holds each picture as the bytes of its file, so the file may change or go later. pending: (path, bytes)
-    of the pictures for the next question. shown: the paths of the pictures of earlier questions.
+    It holds each picture as the bytes of its file, and a video as its frames, so the file may change or go
+    later. pending: (path, picture or video) for the next question. shown: those of earlier questions. frames:
+    of each video; None: as the model was trained.
     """
 
     def __init__(
-        self, assistant: Assistant, sampling: dict[str, Any], image_files: list[tuple[str, bytes]]
+        self,
+        assistant: Assistant,
+        sampling: dict[str, Any],
+        files: list[tuple[str, bytes | Video]],
+        frames: int | None = None,
     ) -> None:
         self.assistant = assistant
         self.sampling = sampling
         self.messages: list[Message] = []
-        self.pending = image_files
-        self.shown: list[str] = []
+        self.frames = frames
+        self.pending = [self._decoded(*file) for file in files]
+        self.shown: list[tuple[str, bytes | Video]] = []
         self.interactive = sys.stdin.isatty()
         self.readline = _readline() if self.interactive else None
         self.unanswered = ""  # a question without an answer, which the next prompt shows again
@@ -100,8 +108,8 @@ class Chat:
         command, _, argument = line.partition(" ")
         if not line:
             return
-        if command == "/image":
-            self._add_images(argument)
+        if command in ("/image", "/video"):
+            self._add_images(command, argument)
         elif command == "/remove":
             self.pending = []
             self._print_images()
@@ -123,7 +131,7 @@ class Chat:
         from pumice.conversation import Message, question_message
 
         self.unanswered = question
-        message = question_message(question, [data for _, data in self.pending])
+        message = question_message(question, [source for _, source in self.pending])
         text = ""
         try:
             reply = self.assistant.stream([*self.messages, message], **self.sampling)
@@ -139,24 +147,35 @@ class Chat:
             print("(no answer)")
             return
         self.messages += [message, Message("assistant", (text,))]
-        self.shown += [name for name, _ in self.pending]
+        self.shown += self.pending
         self.pending, self.unanswered = [], ""
 
-    def _add_images(self, argument: str) -> None:
+    def _add_images(self, command: str, argument: str) -> None:
         paths = _existing_files(argument)
         if not paths:
             if not argument.strip():
-                raise InputError("/image needs a path; write for example: /image dog.jpg")
+                example = {"/image": "dog.jpg", "/video": "clip.mp4"}[command]
+                raise InputError(f"{command} needs a path; write for example: {command} {example}")
             paths = [_clean(argument)]  # reading it raises the error
-        self._add_files(paths)
+        self._add_files(paths, as_videos=command == "/video")
 
-    def _add_files(self, paths: list[str]) -> None:
-        self.pending += [_read_image(path) for path in paths]
+    def _add_files(self, paths: list[str], as_videos: bool = False) -> None:
+        files = [_read_file(path, self.frames, as_videos) for path in paths]
+        self.pending += [self._decoded(*file) for file in files]
         self._print_images()
+
+    def _decoded(self, name: str, source: bytes | Video) -> tuple[str, bytes | Video]:
+        """Decode a video once, not with every question."""
+        from pumice.conversation import Video
+        from pumice.video import read_frames
+
+        if isinstance(source, Video):
+            return name, Video(read_frames(source, self.assistant.model.config.video))
+        return name, source
 
     def _print_images(self) -> None:
         if self.shown:
-            print(f"In the conversation: {', '.join(self.shown)}")
+            print(f"In the conversation: {', '.join(name for name, _ in self.shown)}")
         if self.pending:
             print(f"With your next question: {', '.join(name for name, _ in self.pending)}")
 
@@ -169,12 +188,7 @@ class Chat:
         path = Path(name).expanduser()
         if path.exists():
             raise InputError(f"'{path}' exists already; name another file")
-        turns = [
-            {"from": "human" if message.role == "user" else "gpt", "value": _as_llava(message)}
-            for message in self.messages
-        ]
-        image_field = {"image": self.shown} if self.shown else {}
-        row = {"id": path.stem, **image_field, "conversations": turns}
+        row = self._row(path.stem)
         text = json.dumps([row], ensure_ascii=False, indent=1) + "\n"
         with (
             wrong_input(OSError, f"'{path}' cannot be written: {CAUSE}; name another file"),
@@ -183,11 +197,33 @@ class Chat:
             file.write(text)
         print(f"Saved to {path}")
 
+    def _row(self, row_id: str) -> dict[str, Any]:
+        """Return the conversation as LLaVA writes it."""
+        from pumice.conversation import Video
+
+        media: dict[str, list[str]] = {}
+        for name, source in self.shown:
+            media.setdefault("video" if isinstance(source, Video) else "image", []).append(name)
+        turns = [
+            {"from": "human" if message.role == "user" else "gpt", "value": _as_llava(message)}
+            for message in self.messages
+        ]
+        return {"id": row_id, **media, "conversations": turns}
+
     def _read_line(self) -> str:
         if not self.interactive:
             return input()
         with self._prefilled_prompt():
-            return input(f"[{counted(len(self.pending) + len(self.shown), 'picture')}] > ")
+            return input(f"[{self._count()}] > ")
+
+    def _count(self) -> str:
+        """Return how many pictures the conversation shows, and videos, if any."""
+        from pumice.conversation import Video
+
+        sources = [source for _, source in (*self.shown, *self.pending)]
+        videos = sum(isinstance(source, Video) for source in sources)
+        count = counted(len(sources) - videos, "picture")
+        return f"{count}, {counted(videos, 'video')}" if videos else count
 
     @contextlib.contextmanager
     def _prefilled_prompt(self) -> Iterator[None]:
@@ -210,18 +246,35 @@ class Chat:
 
 
 def _as_llava(message: Message) -> str:
-    """Return a message with `<image>` for each picture. As in LLaVA, a new line follows a single one."""
-    from pumice.conversation import IMAGE_PLACEHOLDER
+    """Return a message with a placeholder for each picture or video. A new line follows a single one."""
+    from pumice.conversation import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Video
 
-    placeholder = IMAGE_PLACEHOLDER + "\n" * (len(message.images) == 1)
-    return "".join(part if isinstance(part, str) else placeholder for part in message.parts)
+    end = "\n" * (len(message.images) == 1)  # as in LLaVA
+    return "".join(
+        part
+        if isinstance(part, str)
+        else (VIDEO_PLACEHOLDER if isinstance(part.source, Video) else IMAGE_PLACEHOLDER) + end
+        for part in message.parts
+    )
 
 
-def _read_image(path: str) -> tuple[str, bytes]:
-    """Return a picture's path and the bytes of its file. Raises InputError if it cannot be decoded."""
-    from pumice.images import open_image, read_image
+def _read_file(path: str, frames: int | None, as_video: bool = False) -> tuple[str, bytes | Video]:
+    """Return a path, and the bytes of its picture, or its video.
 
+    An animation is a video only if frames are asked for, or `as_video`. Raises InputError if a picture cannot
+    be decoded, or a still one should be a video.
+    """
+    from pumice.conversation import Video
+    from pumice.images import is_animated, open_image, read_image
+    from pumice.video import is_video
+
+    if is_video(path):
+        return path, Video(path, frames)
     data = read_image(path)
+    if (as_video or frames is not None) and is_animated(data):
+        return path, Video(path, frames)
+    if as_video:
+        raise InputError(f"'{path}' is a single picture; show it with /image")
     open_image(data)
     return path, data
 

@@ -110,6 +110,10 @@ def share_cores(*, waits_for_people: bool = False) -> None:
 
 
 Model = Annotated[str, Option("--model", "-m", help="A built-in model, a folder or a hub name.")]
+VideoFrames = Annotated[
+    int | None,
+    Option("--frames", min=1, help="Frames of a video or an animation; by default as the model was trained."),
+]
 Device = Annotated[str | None, Option(help="cuda, mps or cpu; the best one here if not given.")]
 Template = Annotated[str | None, Option(help="The chat format, where the model does not say it.")]
 Tower = Annotated[str | None, Option(help="The vision tower, where the model does not hold it.")]

@@ -1,4 +1,4 @@
-"""Write the rows of any source as LLaVA JSON Lines with pictures, as parquet, or as WebDataset shards."""
+"""Write rows, pictures and videos of any source as LLaVA JSON Lines, as parquet, or as WebDataset shards."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ from pumice.conversation import StoredImage, Video
 from pumice.data.pictures import Image
 from pumice.data.rows import ImageFinder, Row, Rows, to_llava
 from pumice.data.sources.columns import arrow
+from pumice.data.sources.tars import VIDEO_ENDINGS
 from pumice.errors import InputError, check_known
 from pumice.files import replacing
 from pumice.images import read_image
 from pumice.jsonl import parse_json
+from pumice.video import is_video
 
 MANIFEST = "convert.json"
 ROWS = "rows.jsonl"  # of LLaVA's form, whose readers want one file
-_GROUP = 100  # rows of a row group: with their pictures some tens of megabytes
+# Of a row group, which is in memory as a whole: its rows, and the bytes of their pictures and videos.
+_GROUP, _GROUP_BYTES = 100, 64 << 20
 
-# Of each row: its number in the source, the row, and the bytes of its pictures' files.
+# Of each row: its number in the source, the row, and the bytes of its files, pictures and videos, in order.
 Shard = Iterator[tuple[int, Row, list[bytes]]]
 
 
@@ -52,8 +55,6 @@ def convert(
     # 1. Refuse what cannot be done before anything is written.
     if form == "parquet":
         arrow()
-    if form != "llava" and rows.contents.has_videos:
-        raise InputError(f"'{rows.label}' names videos, which only the form llava has; use --to llava")
     bad = rows.bad_rows(finder)
     if (count := int(bad.sum())) > max_bad_rows:
         first = int(bad.argmax())
@@ -140,28 +141,32 @@ def _write_llava(shard: Shard, file: IO[bytes], out: Path) -> None:
 def _write_parquet(shard: Shard, file: IO[bytes], out: Path) -> None:
     pa = arrow()
     turn = pa.struct([("from", pa.string()), ("value", pa.string())])
-    picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    medium = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     objects = pa.struct(
         [("ref", pa.list_(pa.string())), ("bbox", pa.list_(pa.list_(pa.float64()))),
          ("bbox_type", pa.string()), ("image_id", pa.list_(pa.int64()))]
     )  # fmt: skip
     schema = pa.schema(
-        [("id", pa.string()), ("images", pa.list_(picture)), ("conversations", pa.list_(turn)),
-         ("objects", objects)]
+        [("id", pa.string()), ("images", pa.list_(medium)), ("videos", pa.list_(medium)),
+         ("conversations", pa.list_(turn)), ("objects", objects)]
     )  # fmt: skip
     with pa.parquet.ParquetWriter(file, schema) as writer:
         group: list[dict[str, Any]] = []
-        for _, row, pictures in shard:
-            named = zip(row.image, pictures, strict=True)
-            images = [{"bytes": data, "path": _name(image, data)} for image, data in named]
+        size = 0
+        for _, row, files in shard:
+            media: dict[str, list[dict[str, Any]]] = {"images": [], "videos": []}
+            for image, data in zip(row.image, files, strict=True):
+                named = {"bytes": data, "path": _name(image, data)}
+                media["videos" if isinstance(image, Video) else "images"].append(named)
             written = to_llava(row)
             group.append(
-                {"id": row.id, "images": images, "conversations": written["conversations"],
+                {"id": row.id, **media, "conversations": written["conversations"],
                  "objects": written.get("objects")}
             )  # fmt: skip
-            if len(group) == _GROUP:
+            size += sum(map(len, files))
+            if len(group) == _GROUP or size >= _GROUP_BYTES:
                 writer.write_table(pa.Table.from_pylist(group, schema))
-                group = []
+                group, size = [], 0
         if group:
             writer.write_table(pa.Table.from_pylist(group, schema))
 
@@ -174,12 +179,13 @@ def _write_tar(shard: Shard, file: IO[bytes], out: Path) -> None:
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
 
-        for number, row, pictures in shard:
-            values = {key: value for key, value in to_llava(row).items() if key != "image"}
+        for number, row, files in shard:
+            values = {key: value for key, value in to_llava(row).items() if key not in ("image", "video")}
             add(f"{number:09}.json", json.dumps(values, ensure_ascii=False).encode("utf-8", "replace"))
-            for n, data in enumerate(pictures):
-                which = f"{n}." if len(pictures) > 1 else ""
-                add(f"{number:09}.{which}{_ending(data)}", data)
+            for n, (image, data) in enumerate(zip(row.image, files, strict=True)):
+                which = f"{n}." if len(files) > 1 else ""
+                ending = _video_ending(image, data) if isinstance(image, Video) else _ending(data)
+                add(f"{number:09}.{which}{ending}", data)
 
 
 # Form -> the ending of its files, and what writes one.
@@ -202,6 +208,15 @@ def _name(image: Image, data: bytes) -> str:
             return f"images/{pure}"
     name = hashlib.blake2b(data, digest_size=8).hexdigest()
     return f"images/{name[:2]}/{name}.{ending or _ending(data)}"
+
+
+def _video_ending(video: Video, data: bytes) -> str:
+    """Return the ending of a video in an archive, by which it is told from a picture."""
+    animation = _ending(data)
+    if not is_video(data) and VIDEO_ENDINGS.fullmatch(f"video.{animation}"):
+        return f"video.{animation}"
+    ending = PurePosixPath(video.name).suffix.lstrip(".").lower()
+    return ending if VIDEO_ENDINGS.fullmatch(ending) else "mp4"
 
 
 def _ending(data: bytes) -> str:

@@ -19,7 +19,10 @@ from pumice.errors import InputError
 _PICTURES = re.compile(r"(?:.*\.)?(?:jpe?g|png|webp|gif|bmp|tiff?|ppm|jp2|avif|heic)", re.IGNORECASE)
 _TEXTS = {"txt": "text", "text": "text", "caption": "caption", "cls": "label"}
 _TABLES = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow")  # of a packed folder, which is no WebDataset
-_VIDEOS = re.compile(r"(?:.*\.)?(?:mp4|webm|avi|mov|mkv)", re.IGNORECASE)
+# An animation is a picture, unless its name ends with `.video.gif`, for example.
+VIDEO_ENDINGS = re.compile(
+    r"(?:.*\.)?(?:mp4|m4v|webm|avi|mov|mkv|mpe?g|flv|ogv|video\.(?:gif|webp|png))", re.IGNORECASE
+)
 _SOUNDS = ("wav", "mp3", "flac", "ogg", "m4a")  # told, and never learned as text
 _CUT = "!cut"  # the ending of a sample in which its archive is cut off
 
@@ -58,7 +61,9 @@ class TarRows(Source):
             if ending == _CUT:
                 raise InputError(f"{self.place(index)}: the archive is cut off here; fetch it again")
             record.setdefault("__key__", key)
-            kind = "image" if _PICTURES.fullmatch(ending) else "video" if _VIDEOS.fullmatch(ending) else ""
+            kind = "image" if _PICTURES.fullmatch(ending) else ""
+            if VIDEO_ENDINGS.fullmatch(ending):
+                kind = "video"
             if kind:
                 name = f"{self.files[shard]}, {key}.{ending}"
                 media[kind].append(self._contents.stored_image(shard, start, size, name))

@@ -379,7 +379,8 @@ async function add(files) {
   showProblem(null);
   for (const file of files) {
     try {
-      state.chosen.push(await readPicture(file));
+      const picture = await readPicture(file); // meanwhile a question may be sent, with what was chosen by then
+      state.chosen.push(picture);
     } catch (error) {
       showProblem(error.message);
     }
