@@ -81,6 +81,8 @@ class ServerSettings:
             value = self.body_bytes if name == "max_body" else getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise InputError(f"{name} is {value}; give more than 0")
+        if self.queue < 0:
+            raise InputError(f"queue is {self.queue}; give 0 or more")
         for key in self.api_key:
             if len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key:
                 raise InputError(
