@@ -18,6 +18,6 @@ int main(int count, char **arguments) {
     const int64_t *head = get(6 * sizeof *head), rows = head[3];
     Packed w = {head[0], head[1], head[2], get(head[4]), head[5] ? get(4 * head[1]) : 0};
     float *x = get(4 * rows * w.inputs), *y = malloc(4 * rows * w.outputs);
-    if (!y || pumice_linear(&w, rows, w.inputs, x, 0, y, 1)) return 1;
+    if (!y || pumice_linear(&w, rows, w.inputs, x, y, 1)) return 1;
     return fwrite(y, 4 * rows * w.outputs, 1, stdout) != 1;
 }

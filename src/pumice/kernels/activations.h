@@ -25,9 +25,13 @@ static inline Activations activations_in(void *memory, int64_t rows, int64_t inp
     return (Activations){(int8_t *)(scales + 2 * groups), scales, (int32_t *)(scales + groups)};
 }
 
-static inline void quantize_row(const float *x, int64_t inputs, int64_t row, const Activations *to) {
-    int8_t *numbers = to->numbers + row * inputs;
-    for (int64_t g = 0; g < inputs / GROUP; g++, x += GROUP, numbers += GROUP) {
+/* Round `groups` groups of a row, which begin at x, to numbers [32 first, ...) of row `row`. */
+static inline void quantize_groups(const float *x, int64_t inputs, int64_t row, int64_t first, int64_t groups,
+                                   const Activations *to) {
+    int8_t *numbers = to->numbers + row * inputs + first * GROUP;
+    float *scales = to->scales + row * inputs / GROUP + first;
+    int32_t *sums = to->sums + row * inputs / GROUP + first;
+    for (int64_t g = 0; g < groups; g++, x += GROUP, numbers += GROUP) {
         int32_t bits[GROUP], most = 0, sum = 0;
         memcpy(bits, x, sizeof bits); /* the bits of positive floats compare as integers, which compilers vectorise */
         for (int i = 0; i < GROUP; i++) {
@@ -42,8 +46,12 @@ static inline void quantize_row(const float *x, int64_t inputs, int64_t row, con
             numbers[i] = (int8_t)number;
             sum += number;
         }
-        to->scales[row * inputs / GROUP + g] = largest < SMALLEST ? 0 : largest / 127;
-        to->sums[row * inputs / GROUP + g] = sum;
+        scales[g] = largest < SMALLEST ? 0 : largest / 127;
+        sums[g] = sum;
     }
+}
+
+static inline void quantize_row(const float *x, int64_t inputs, int64_t row, const Activations *to) {
+    quantize_groups(x, inputs, row, 0, inputs / GROUP, to);
 }
 #endif

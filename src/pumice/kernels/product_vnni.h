@@ -3,7 +3,7 @@
  * That instruction takes weights without sign. So the sums start at minus what the added 128 (or 8) contributes.
  *
  * With many rows (a prompt), weights and scales are unpacked first, some groups of WIDE tiles at a time: to a byte for
- * each weight, and fp32. What is multiplied and added, and in which order, stays the same.
+ * each weight, which Q8_0 has already, and fp32. What is multiplied and added, and in which order, stays the same.
  */
 #include <immintrin.h>
 
@@ -55,6 +55,7 @@ INLINE const Unpacked *unpack(const int kind, const uint8_t *data, int64_t input
             tile_scales(kind, tile + number_bytes(kind, inputs), groups, g, &scale, &offset);
             _mm512_storeu_ps(unpacked.scales[g - first][t], scale);
             _mm512_storeu_ps(unpacked.offsets[g - first][t], offset);
+            if (kind == Q8_0) continue;
 #pragma GCC unroll 8
             for (int j = 0; j < 8; j++)
                 _mm512_storeu_si512(unpacked.numbers[g - first][j][t], tile_weights(kind, tile, g, j));
@@ -81,8 +82,8 @@ INLINE void multiply(const int kind, const int rows, const int tiles, const uint
         for (int j = 0; j < 8; j++) {
             __m512i weights[WIDE];
             for (int t = 0; t < tiles; t++) {
-                weights[t] = unpacked ? _mm512_loadu_si512(unpacked->numbers[g - first][j][t])
-                                      : tile_weights(kind, data + t * each, g, j);
+                weights[t] = unpacked && kind != Q8_0 ? _mm512_loadu_si512(unpacked->numbers[g - first][j][t])
+                                                      : tile_weights(kind, data + t * each, g, j);
                 if (rows > 1) IN_REGISTER(weights[t]);
             }
             for (int r = 0; r < rows; r++) {
