@@ -1,6 +1,6 @@
 """Every format against every architecture: the numbers, the answers and the bytes that come back.
 
-    python benchmarks/formats.py [--json] [--types] [--only PART ...]
+    python benchmarks/formats.py [--types] [--json] [--only PART ...]
 
 For each architecture a tiny random model is written in Pumice's own folder, exported to each format, read
 back from it, and, where they are installed, run by transformers (hf), PEFT (peft) and llama.cpp (gguf, by
@@ -13,8 +13,8 @@ the package xllamacpp). A cell says:
     refused      why the format cannot hold the model
 
 --types writes every type of GGUF instead, of models 256 wide, with the half that sees in f16, and reads it
-back: how far the logits are from the model's, and llama.cpp's log-probabilities from those of what
-was read back.
+back. A cell says how far the logits of what was read back are from the model's, and how far Pumice's
+quantised weights and llama.cpp are from what was read back (see `TypeCell`).
 """
 
 from __future__ import annotations
@@ -36,17 +36,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pumice.assistant import Assistant
 from pumice.conversation import Conversation, user_message
 from pumice.engine.generate import naive_generate
 from pumice.errors import InputError
 from pumice.formats.export import FORMATS, export, merge_and_compare
 from pumice.formats.gguf import write as gguf_write
+from pumice.formats.load import build
 from pumice.formats.read import read_model
 from pumice.model.vision import ViT
 from pumice.storage.parts import LoadedParts
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from architectures import ARCHITECTURES, Architecture, assistant, picture, tiny
+from architectures import ARCHITECTURES, assistant, picture, tiny
 
 QUESTION = "What is in the picture?"
 NEW_TOKENS = 12
@@ -276,11 +278,15 @@ def same_decoder_bytes(model: LoadedParts, folder: Path) -> bool:
     return same(replace(model, config=config, state=decoder), read_model(file, template=config.template))
 
 
+def chosen(only: list[str]) -> list[str]:
+    """Names of architectures that contain one of `only`, or all."""
+    return [name for name in ARCHITECTURES if not only or any(part in name for part in only)]
+
+
 def table(only: list[str]) -> dict[str, dict[str, Cell]]:
-    """architecture -> format -> cell, of architectures whose name contains one of `only`, or all."""
-    names = [name for name in ARCHITECTURES if not only or any(part in name for part in only)]
+    """architecture -> format -> cell, of the architectures that `only` chooses."""
     cells: dict[str, dict[str, Cell]] = {}
-    for name in names:
+    for name in chosen(only):
         cells[name] = {}
         for to in FORMATS:
             if to == "peft" and ARCHITECTURES[name].config.lora is None:
@@ -293,38 +299,91 @@ def table(only: list[str]) -> dict[str, dict[str, Cell]]:
 
 
 GGUF_TYPES = [kind for kind in gguf_write.TYPES if kind != "keep"]
+_GAIN = 0.25  # of the wide model's matrices: a random network enlarges every rounding error otherwise
 
 
-def wide(architecture: Architecture) -> Architecture:
-    """The same with a language model whose matrices have rows of whole blocks of K-quants, 256 weights."""
+@dataclass
+class TypeCell:
+    """One type of GGUF of one architecture: largest differences; None where nothing was measured.
+
+    read_back: of logits, between the model and what was read back, its weights restored to floats.
+    answering: of logits, between the weights restored and the few bits that Pumice answers from on a CPU.
+    llama_cpp: of log-probabilities, between the weights restored and llama.cpp. greedy: whether the next
+    tokens of these two are the same.
+    """
+
+    refused: str | None = None
+    read_back: float | None = None
+    answering: float | None = None
+    llama_cpp: float | None = None
+    greedy: bool | None = None
+    note: str | None = None
+
+
+def wide(name: str) -> LoadedParts:
+    """A model of the architecture whose language model has rows of whole blocks of K-quants, 256 weights."""
+    architecture = ARCHITECTURES[name]
     decoder = replace(architecture.config.decoder, width=256, heads=16, head_dim=16, mlp_width=512)
-    return replace(architecture, config=replace(architecture.config, decoder=decoder))
+    model = tiny(replace(architecture, config=replace(architecture.config, decoder=decoder)))
+    for weight, tensor in model.state.items():
+        if weight.startswith("decoder.") and len(tensor.shape) == 2 and "lora_a" not in weight:
+            model.state[weight] = tensor.map(lambda values: values * _GAIN)
+    return model
 
 
-def types_table(only: list[str]) -> Iterator[str]:
-    """A table in Markdown of GGUF's types. Those of K-quants need llama-cpp-python."""
-    yield "| architecture | type | logits, read back | llama.cpp beside what was read back | greedy tokens |"
-    yield "|---|---|---|---|---|"
-    for name in (name for name in ARCHITECTURES if not only or any(part in name for part in only)):
-        model = tiny(wide(ARCHITECTURES[name]))
-        size = model.config.vision.image_size
-        shown = picture(size, size)
+def measure_type(name: str, kind: str, folder: Path, run_others: bool = True) -> TypeCell:
+    """Write one type of GGUF under `folder`, read it back, and compare. run_others: also run llama.cpp."""
+    model, target = wide(name), folder / kind
+    try:
+        export(model, "gguf", target, kind=kind)
+    except InputError as error:
+        return TypeCell(refused=str(error).partition(": ")[2] or str(error))
+    size = model.config.vision.image_size
+    shown = picture(size, size)
+    exact, restored = (assistant(parts).logits(shown, QUESTION) for parts in (model, read_model(target)))
+    again = replace(read_model(target), sources={})  # so that no copy is kept
+    opened = build(again, kind, torch.device("cpu"), torch.float32, merge=True, quantize="int8")
+    answering = Assistant(opened.model, opened.processor).logits(shown, QUESTION)
+    cell = TypeCell(read_back=_distance(exact, restored), answering=_distance(restored, answering))
+    if not run_others:
+        return cell
+    native = run_llama_cpp(read_model(target), shown, target)
+    return replace(cell, llama_cpp=native.difference, greedy=native.greedy, note=native.note)
+
+
+def _distance(some: Tensor, other: Tensor) -> float:
+    return (some - other).abs().max().item()
+
+
+def types_table(only: list[str]) -> dict[str, dict[str, TypeCell]]:
+    """architecture -> type of GGUF -> cell. Types of K-quants need llama-cpp-python."""
+    cells: dict[str, dict[str, TypeCell]] = {}
+    for name in chosen(only):
+        cells[name] = {}
         for kind in GGUF_TYPES:
             with tempfile.TemporaryDirectory() as folder:
-                target = Path(folder) / "pair"
-                try:
-                    export(model, "gguf", target, kind=kind)
-                except InputError as error:
-                    yield f"| {name} | {kind} | refused: {str(error).partition(': ')[2] or error} | | |"
-                    break
-                back = read_model(target)
-                own, _ = own_answer(model, shown)
-                again, _ = own_answer(back, shown)
-                cell = run_llama_cpp(back, shown, target)
-                native = "-" if cell.difference is None else f"{cell.difference:.1e}"
-                last = " (class token last)" if cell.note else ""
-                difference = (own - again).abs().max().item()
-                yield f"| {name} | {kind} | {difference:.1e} | {native}{last} | {_WORDS[cell.greedy]} |"
+                cells[name][kind] = measure_type(name, kind, Path(folder))
+    return cells
+
+
+def printed_types(cells: dict[str, dict[str, TypeCell]]) -> Iterator[str]:
+    """A table in Markdown. A cell: read_back, answering, llama_cpp; a star if greedy tokens differ."""
+    yield f"| architecture | {' | '.join(GGUF_TYPES)} |"
+    yield "|---" * (1 + len(GGUF_TYPES)) + "|"
+    for name, kinds in cells.items():
+        row = [_printed_type(kinds[kind]) for kind in GGUF_TYPES]
+        if len(set(row)) == 1:  # refused whatever the type
+            row[1:] = [""] * (len(row) - 1)
+        last = " (class token last)" if any(cell.note for cell in kinds.values()) else ""
+        yield f"| {name}{last} | {' | '.join(row)} |"
+
+
+def _printed_type(cell: TypeCell) -> str:
+    if cell.refused is not None:
+        return f"refused: {cell.refused}"
+    numbers = (cell.read_back, cell.answering, cell.llama_cpp)
+    written = ", ".join("-" if number is None else f"{number:.2g}" for number in numbers)
+    return written + "*" * (cell.greedy is False)
 
 
 def printed(cells: dict[str, dict[str, Cell]]) -> Iterator[str]:
@@ -350,16 +409,12 @@ def main() -> int:
     )
     parser.add_argument("--types", action="store_true", help="every type of GGUF, written and read back")
     options = parser.parse_args()
-    if options.types:
-        for line in types_table(options.only):
-            print(line, flush=True)
-        return 0
-    cells = table(options.only)
+    cells: Any = (types_table if options.types else table)(options.only)
     if options.json:
         plain = {name: {to: asdict(cell) for to, cell in row.items()} for name, row in cells.items()}
         print(json.dumps(plain, indent=1))
     else:
-        print("\n".join(printed(cells)))
+        print("\n".join((printed_types if options.types else printed)(cells)))
     return 0
 
 

@@ -13,9 +13,11 @@ passed on a card.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 import json
 import os
 import sys
@@ -42,6 +44,7 @@ from pumice.engine import native
 from pumice.engine.engine import Engine
 from pumice.engine.requests import Prompt
 from pumice.engine.sampling import SamplingParams
+from pumice.errors import InputError, WorkError
 from pumice.kernels import compute
 from pumice.model.adapters import add_lora
 from pumice.model.llava import Llava
@@ -53,6 +56,7 @@ from pumice.train.features import ImageInput, TowerFeatures
 from pumice.train.loop import Trainer
 from pumice.train.memory import checkpoint_blocks
 from pumice.train.objective import Objective, PackTensors
+from pumice.train.optional import check_bitsandbytes
 from pumice.train.parallel import World
 from pumice.train.plan.estimate import SLACK
 from pumice.train.plan.footprint import PackShape, measure
@@ -85,7 +89,9 @@ class Bench:
     def decoder_1b(self) -> DecoderConfig:
         if self.small:
             return TINY
-        return dataclasses.replace(published().decoders["Qwen/Qwen2.5-1.5B-Instruct"], depth=20)
+        # With TinyLlama's depth and vocabulary: the logits of 152,000 tokens would not fit beside the rest.
+        qwen = published().decoders["Qwen/Qwen2.5-1.5B-Instruct"]
+        return dataclasses.replace(qwen, depth=22, vocab_size=32000)
 
     @property
     def pack(self) -> int:
@@ -236,18 +242,23 @@ def _pack(bench: Bench, config: ModelConfig) -> tuple[PackTensors, PackShape]:
     return pack, PackShape(tuple(pack.runs), count, count * image, len(sources))
 
 
-def _adapters(bench: Bench, base: str) -> dict[str, Any]:
-    """A step of a 7B's LoRA: rows a second, share of the peak, memory beside `plan`. base: of the recipe."""
+def _lora_recipe(bench: Bench, base: str) -> Recipe:
     fields = {"rank": 4, "alpha": 8.0} if bench.small else {"rank": 128, "alpha": 256.0}
     stage = {"learn": {"connector": 2e-5, "lora": 2e-4}, "lora": fields, "base": base}
-    recipe = Recipe.model_validate(
+    return Recipe.model_validate(
         {"name": "lora", "output": "o", "model": "m", "data": [{"rows": "r"}], "stage": stage}
         | {"checkpointing": "full", "pack_tokens": bench.pack}
     )
-    config = dataclasses.replace(bench.llava_7b(), lora=LoraConfig(**fields))
+
+
+def _adapters(bench: Bench, recipe: Recipe) -> dict[str, float]:
+    """A step of a 7B's LoRA: rows a second, share of the peak, memory beside `plan`."""
+    assert recipe.stage.lora is not None
+    adapters, base = LoraConfig(**recipe.stage.lora.model_dump()), recipe.stage.base
+    config = dataclasses.replace(bench.llava_7b(), lora=adapters)
     # 1. The model as `prepare` sets it up.
     model = random_model(dataclasses.replace(config, lora=None), bench.device, torch.bfloat16)
-    add_lora(model.decoder, LoraConfig(**fields))
+    add_lora(model.decoder, adapters)
     model.config = config
     if base != "none":
         quantize_base(model.decoder, base, bench.device)
@@ -284,13 +295,20 @@ def _adapters(bench: Bench, base: str) -> dict[str, Any]:
 
 def lora(bench: Bench) -> dict[str, Any]:
     """LoRA of a 7B on whole, int8 and nf4 weights. The plan must be within 10 % of the memory."""
-    bases = ["none", "int8", *(["nf4"] if find_spec("bitsandbytes") else [])]
     found: dict[str, dict[str, float]] = {}
-    for base in bases:
+    left_out: dict[str, str] = {}
+    for base in ("none", "int8", "nf4"):
+        recipe = _lora_recipe(bench, base)
+        try:
+            check_bitsandbytes(recipe)
+        except InputError as error:
+            left_out[f"{base} left out"] = str(error)
+            continue
         bench.free()
-        found[base] = _adapters(bench, base)
+        found[base] = _adapters(bench, recipe)
     pairs = [(one["planned GB"], one["GB"]) for one in found.values()]
-    return {"ok": bench.small or all(abs(plan - used) <= 0.1 * used for plan, used in pairs), **found}
+    fits = bench.small or all(abs(plan - used) <= 0.1 * used for plan, used in pairs)
+    return {"ok": fits, **found, **left_out}
 
 
 def _llama(config: DecoderConfig, bench: Bench, dtype: torch.dtype) -> Any:
@@ -307,8 +325,29 @@ def _llama(config: DecoderConfig, bench: Bench, dtype: torch.dtype) -> Any:
         return LlamaForCausalLM(llama).to(dtype)
 
 
+def _trainer_seconds(bench: Bench, model: nn.Module, ids: Tensor) -> float:
+    """Return the time of the faster of two steps of transformers' Trainer on rows of tokens, after one."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            bench.wait()
+            ends.append(time.perf_counter())
+
+    arguments = TrainingArguments(
+        output_dir=str(bench.folder / "trainer"), per_device_train_batch_size=len(ids), max_steps=3,
+        max_grad_norm=0.0, bf16=True, optim="adamw_torch_fused", save_strategy="no", logging_strategy="no",
+        report_to=[], disable_tqdm=True, use_cpu=bench.device.type == "cpu",
+    )  # fmt: skip
+    rows: Any = [{"input_ids": row, "labels": row} for row in ids] * 3
+    Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Clock()]).train()
+    return min(end - start for start, end in itertools.pairwise(ends))
+
+
 def full(bench: Bench) -> dict[str, Any]:
-    """A full step of a model of 1.1B on text, beside transformers' Llama on the same tokens."""
+    """A full step of a model of 1.1B on text, beside transformers' Trainer on the same tokens."""
     decoder = bench.decoder_1b()
     config = ModelConfig(decoder, VisionConfig("none", width=decoder.width), ConnectorConfig("identity"))
     count = bench.pack // bench.sample
@@ -323,29 +362,19 @@ def full(bench: Bench) -> dict[str, Any]:
         weights=torch.ones(len(sources)), images=(), layouts=(),
     )  # fmt: skip
 
-    def time_steps(parameters: Any, loss: Callable[[], Tensor]) -> float:
-        optimizer = torch.optim.AdamW(parameters, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
-        def step() -> None:
-            loss().backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    def step() -> None:
+        (objective(pack) / len(sources)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-        return bench.pack / bench.seconds(step, rounds=2)
-
-    def own_loss() -> Tensor:
-        return objective(pack) / len(sources)
-
-    rates_of["pumice tokens/s"] = time_steps(model.parameters(), own_loss)
-    model.to("meta")  # frees the weights
-    if find_spec("transformers"):
-        other, batch = _llama(decoder, bench, torch.float32).train(), ids.to(bench.device)
-
-        def loss() -> Tensor:
-            with torch.autocast(bench.device.type, torch.bfloat16):
-                return other(input_ids=batch, labels=batch).loss
-
-        rates_of["transformers tokens/s"] = time_steps(other.parameters(), loss)
+    rates_of["pumice tokens/s"] = bench.pack / bench.seconds(step, rounds=2)
+    if find_spec("accelerate"):  # transformers' Trainer needs it
+        del model, objective, optimizer
+        bench.free()
+        seconds = _trainer_seconds(bench, _llama(decoder, bench, torch.float32), ids)
+        rates_of["transformers tokens/s"] = bench.pack / seconds
     return rates_of
 
 
@@ -360,15 +389,19 @@ def decode(bench: Bench) -> dict[str, Any]:
     kinds: dict[str, dict[str, bool]] = {"calls": {}, "one call": {"one_call": True}}
     kinds["graphs"] = {"one_call": True, "graphs": True}
     texts: dict[str, list[list[int]]] = {}
+    refused: list[str] = []
     for kind, options in kinds.items():
         for batch in (1, many):
-            milliseconds, texts[kind] = _decode(bench, model, batch, new, options)
+            bench.free()
+            milliseconds, texts[kind], as_asked = _decode(bench, model, batch, new, options)
             found[f"ms a step at {batch}, {kind}"] = milliseconds
+            refused += [] if as_asked else [f"{kind} at {batch}"]
     ids = torch.arange(length, device=bench.device)[None] % 300 + 1
     with torch.inference_mode():
         found["prefill tokens/s"] = length / bench.seconds(lambda: model(ids))
     if find_spec("transformers"):
         del model
+        bench.free()
         other = _llama(config.decoder, bench, torch.bfloat16).eval()
         for batch in (1, many):
             prompts = (torch.arange(64, device=bench.device) % 300 + 1).expand(batch, -1)
@@ -377,18 +410,23 @@ def decode(bench: Bench) -> dict[str, Any]:
                 other.generate, prompts, do_sample=False, pad_token_id=0, **length_of
             )
             found[f"ms a step at {batch}, generate"] = bench.seconds(generate, rounds=1) / new * 1000
-    # Random weights have near ties, which rounding decides: most answers must begin alike.
+    # Random weights have near ties, which rounding decides. A decoder of 32 blocks gave the same first two
+    # tokens 23 times of 32 when attention was changed by 2**-9; with a wrong kernel it would not once.
     alike = {
-        kind: sum(a[:4] == b[:4] for a, b in zip(texts["calls"], texts[kind], strict=True))
+        kind: sum(a[:2] == b[:2] for a, b in zip(texts["calls"], texts[kind], strict=True))
         for kind in ("one call", "graphs")
     }
-    return {"ok": min(alike.values()) >= 0.75 * many, "alike": alike, **found}
+    right = min(alike.values()) >= 0.4 * many and (bench.small or not refused)
+    return {"ok": right, "alike": alike, "refused": refused, **found}
 
 
 def _decode(
     bench: Bench, model: Llava, batch: int, new: int, options: dict[str, bool]
-) -> tuple[float, list[list[int]]]:
-    """Return the milliseconds of a step of `batch` answers of `new` tokens, and the answers."""
+) -> tuple[float, list[list[int]], bool]:
+    """Return the milliseconds of a step of `batch` answers of `new` tokens, and the answers.
+
+    And whether they came as `options` ask: the engine goes on without what is not right here.
+    """
     engine = Engine(model, slots=batch, cache_tokens=batch * (256 + new), prefix_cache=False, **options)
     answers: list[list[int]] = [[] for _ in range(batch)]
     for number, answer in enumerate(answers):
@@ -399,10 +437,16 @@ def _decode(
         engine.step()
     bench.wait()
     start, steps = time.perf_counter(), 0
-    while engine.step():
+    while max(map(len, answers)) < new:  # all of them: fewer would capture another graph
+        engine.step()
         steps += 1
     bench.wait()
-    return (time.perf_counter() - start) / max(steps, 1) * 1000, answers
+    milliseconds = (time.perf_counter() - start) / max(steps, 1) * 1000
+    while engine.step():
+        pass
+    one_call = engine._cache.one_call or not options
+    graphs = engine._graphs is None or bool(engine._graphs._graphs)
+    return milliseconds, answers, one_call and graphs
 
 
 def answers(bench: Bench) -> dict[str, Any]:
@@ -410,7 +454,7 @@ def answers(bench: Bench) -> dict[str, Any]:
     try:
         options: dict[str, Any] = {"quantize": None, "dtype": torch.float32, "cache_tokens": 2048}
         both = [load(device=device, **options) for device in ("cpu", bench.device.type)]
-    except ValueError as error:  # its parts are not in the cache, and there is no network
+    except (InputError, WorkError) as error:  # its parts are not in the cache, and there is no network
         return {"left out": str(error)}
     image = picture(320, 240)
     questions = ["What is in the picture?", "What colour is it?"][: 1 if bench.small else 2]
@@ -450,6 +494,7 @@ def main() -> None:
     began, failed = time.perf_counter(), False
     # Once a process has multiplied, cuBLAS does not become deterministic any more: see `resume`.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # transformers' Trainer would use all
     torch.backends.cudnn.allow_tf32 = False  # fp32 is compared with the CPU's
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(torch.device(arguments.device), arguments.small, Path(scratch))
@@ -463,7 +508,8 @@ def main() -> None:
                 try:
                     bench.free()
                     torch.manual_seed(0)
-                    line |= section(bench)
+                    with contextlib.redirect_stdout(sys.stderr):  # of what libraries print
+                        line |= section(bench)
                 except Exception as error:
                     traceback.print_exc()
                     line |= {"ok": False, "error": f"{type(error).__name__}: {error}"}

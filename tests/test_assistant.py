@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pumice.formats.pumice.folder import save
 from pumice.kernels import compute
 from pumice.model.quantized import PackedEmbedding
 from pumice.processor import Processor
+from pumice.stopping import Stopped, stoppable
 
 SHORT = {"max_new_tokens": 12}
 
@@ -250,6 +252,23 @@ def test_a_picture_is_encoded_once(
     for color in range(CACHED_IMAGES):
         fresh.logits(Image.new("RGB", (8, 8), (color, 0, 0)), "What?")
     assert len(fresh._image_tokens) == CACHED_IMAGES
+
+
+def test_a_prompt_that_is_stopped_decodes_no_further_picture(
+    exact: Assistant, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = Assistant(exact.model, exact.processor)
+    stop, decoded, decode = threading.Event(), [], Processor.pixels
+
+    def pixels(processor: Processor, images: Any, *arguments: Any) -> Any:
+        decoded.append(images)
+        stop.set()
+        return decode(processor, images, *arguments)
+
+    monkeypatch.setattr(Processor, "pixels", pixels)
+    with stoppable(stop), pytest.raises(Stopped):
+        fresh.prompt(Conversation((user_message("What?", pictures[:2]),)))
+    assert len(decoded) == 1
 
 
 def test_logits_are_those_that_the_answer_comes_from(exact: Assistant, pictures: list[Path]) -> None:

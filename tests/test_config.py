@@ -290,6 +290,13 @@ def test_unknown_choices_and_squares_that_do_not_fit_are_refused() -> None:
         ModelConfig(DECODER, connector=ConnectorConfig(reduce="average", factor=3))
 
 
+def test_pictures_of_too_many_tiles_are_refused() -> None:
+    vision = VisionConfig(image_size=64, stride=8)
+    ModelConfig(DECODER, vision, image=ImagePolicy("split", longest_edge=32 * 64))
+    with pytest.raises(InputError, match="longest_edge 2049 is more than 32 tiles of 64 pixels"):
+        ModelConfig(DECODER, vision, image=ImagePolicy("split", longest_edge=32 * 64 + 1))
+
+
 @pytest.mark.parametrize("dropout", [1.0, 1.5, -0.1])
 def test_a_dropout_that_teaches_nothing_is_refused(dropout: float) -> None:
     LoraConfig(dropout=0.0)

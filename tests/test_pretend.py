@@ -98,6 +98,11 @@ def test_selective_checkpointing_keeps_what_attention_gave(result: Result) -> No
     assert result("attention")["plain selective"]["calls"] == result("attention")["plain none"]["calls"] == 2
 
 
+def test_the_host_never_waits_in_a_tower(result: Result) -> None:
+    """Whose patches share position embeddings, as Idefics3's do."""
+    assert result("waits")["tower"] == []
+
+
 @pytest.mark.parametrize("stage", ["full", "lora"])
 def test_the_host_never_waits_in_a_block_and_at_most_twice_in_a_pack(result: Result, stage: str) -> None:
     found = result("waits")

@@ -191,16 +191,22 @@ def test_wrong_videos(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
-def test_work_that_is_stopped_ends_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = animation(tmp_path / "a.gif")
-    processes = []
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The processes that are started."""
+    started: list[Any] = []
     start = subprocess.Popen
 
     def recorded(*arguments: Any, **options: Any) -> Any:
-        processes.append(start(*arguments, **options))
-        return processes[-1]
+        started.append(start(*arguments, **options))
+        return started[-1]
 
     monkeypatch.setattr(subprocess, "Popen", recorded)
+    return started
+
+
+def test_work_that_is_stopped_ends_its_process(tmp_path: Path, processes: list[Any]) -> None:
+    path = animation(tmp_path / "a.gif")
     stop = threading.Event()
     stop.set()
     with stoppable(stop), pytest.raises(Stopped):
@@ -209,9 +215,16 @@ def test_work_that_is_stopped_ends_its_process(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not bound both")
-@pytest.mark.parametrize(("name", "value"), [("CPU_SECONDS", 1), ("MEMORY", 1 << 20)])
+@pytest.mark.parametrize(
+    ("name", "value", "end"), [("CPU_SECONDS", 1, -signal.SIGXCPU), ("MEMORY", 1 << 20, 1)]
+)
 def test_time_and_memory_are_bounded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    processes: list[Any],
+    name: str,
+    value: int,
+    end: int,
 ) -> None:
     """An animation of 4,000 frames of 9 megapixels, which are a few bytes each in the file."""
     pictures = [Image.new("P", (3000, 3000), number) for number in range(2)]
@@ -222,8 +235,10 @@ def test_time_and_memory_are_bounded(
     path = tmp_path / "a.gif"
     path.write_bytes(data[:last] + 4000 * data[last:-1] + data[-1:])
     monkeypatch.setattr(video, name, value)
+    monkeypatch.setattr(video, "WALL_SECONDS", 60)
     with pytest.raises(InputError, match=r"a\.gif cannot be decoded within \d+ s and \d GB; give a shorter"):
         read_frames(Video(path), VideoPolicy())
+    assert processes[0].returncode == end
 
 
 def test_frames_of_too_many_bytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import json
 import math
 import os
 import random
@@ -26,6 +25,7 @@ from urllib.parse import urlsplit
 from pumice.conversation import Video
 from pumice.errors import InputError, WorkError
 from pumice.images import data_url, read_image
+from pumice.jsonl import parse_json
 
 LONGEST_BACKOFF = 60.0  # seconds
 LONGEST_CONNECT = 10.0  # seconds
@@ -276,7 +276,7 @@ def ask_in_order(
         if outcome.what != "reply":
             reason = f"{outcome.why} {outcome.message}".strip()
             raise WorkError(f"{endpoint.address} did not answer in {endpoint.attempts} tries ({reason})")
-        values = json.loads(outcome.raw)
+        values = parse_json(outcome.raw)
         return ChatReply(text_of(outcome.raw), str(values.get("model") or endpoint.model), values)
 
     async def close() -> None:
@@ -400,14 +400,6 @@ def _completion(values: Any, raw: str, endpoint: ChatEndpoint) -> Outcome:
         "the address of an OpenAI-compatible endpoint, usually one that ends in /v1"
     )
     return Outcome("foreign", why, text, status=200, raw=raw, cost=None)
-
-
-def parse_json(raw: str) -> Any:
-    """Return a JSON value, or None where the text is none."""
-    try:
-        return json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
 
 
 def message_of(values: Any) -> tuple[dict[str, Any] | None, Any]:

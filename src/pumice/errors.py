@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from importlib import import_module
+from typing import Any
 
+CAUSE = "\0"  # stands for the error in a sentence of `wrong_input`: no path or value that is shown holds it
 NEWER = "; remove it, or update Pumice if a newer version wrote it"  # the remedy for an unknown name
-
-
-_LONG_WORD = re.compile(r"\S{1000,}")  # longer than a path
 
 
 class _Sentence(Exception):
     """An error whose message quotes what files say, which may be long words: these are cut off."""
 
     def __str__(self) -> str:
-        return _LONG_WORD.sub(_cut, super().__str__())
+        # Compiled when an error is shown: `import pumice` stays quick.
+        return re.sub(r"\S{1000,}", _cut, super().__str__())  # longer than a path
 
 
 def _cut(word: re.Match[str]) -> str:
@@ -79,6 +80,12 @@ def instead_of(name: str, known: Iterable[str]) -> str:
     return NEWER
 
 
+def check_known(value: object, known: Collection[str], problem: str) -> None:
+    """Raise InputError unless the value is a known one: the problem, and which can be used."""
+    if value not in known:
+        raise InputError(f"{problem}; use one of {', '.join(known)}")
+
+
 def finite(value: float, label: str) -> float:
     """Return a number from a file as a float. Raise InputError, beginning with `label`, unless finite."""
     try:
@@ -88,6 +95,16 @@ def finite(value: float, label: str) -> float:
     if not math.isfinite(number):
         raise InputError(f"{label}: expected a finite number, found {shorten(value)}")
     return number
+
+
+@contextlib.contextmanager
+def wrong_input(kinds: type[Exception] | tuple[type[Exception], ...], sentence: str) -> Iterator[None]:
+    """Turn errors of these kinds into an InputError with this sentence; CAUSE in it stands for the error."""
+    try:
+        yield
+    except kinds as error:
+        cause = getattr(error, "strerror", None) or error  # an OSError's own text repeats the path
+        raise InputError(sentence.replace(CAUSE, str(cause))) from error
 
 
 @contextlib.contextmanager
@@ -126,3 +143,11 @@ def install(extra: str) -> str:
         option = "-e " if origin["dir_info"].get("editable") else ""
         return f"pip install {option}'{unquote(urlparse(origin['url']).path)}[{extra}]'"
     return f"pip install 'pumice[{extra}]{' @ ' + origin['url'] if 'url' in origin else ''}'"
+
+
+def library(module: str, need: str, extra: str) -> Any:
+    """Import a library of an extra. Raises InputError where it is missing. need: the sentence's beginning."""
+    try:
+        return import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:  # not there, or what it loads itself does not load
+        raise InputError(f"{need}: {install(extra)}") from error

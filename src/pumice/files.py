@@ -127,19 +127,10 @@ class Lock:
         self.release()
 
 
-def hold_file(path: Path) -> Lock:
-    """Lock the file to which this process appends lines. Raise InputError if another process holds it."""
+def hold(path: Path, use: str) -> Lock:
+    """Lock a file. Raise InputError if another process holds it. use: what that one does, in words."""
     lock = Lock(path)
     if not lock.acquire():
         lock.release()
-        raise InputError(f"another run is writing '{path}'; wait for it, or name another file")
-    return lock
-
-
-def hold(folder: Path, purpose: str) -> Lock:
-    """Lock `folder` for this process until the lock is released. Raise InputError if another holds it."""
-    lock = Lock(folder / ".lock")
-    if not lock.acquire():
-        lock.release()
-        raise InputError(f"another run is using the {purpose} {folder}; wait for it, or name another")
+        raise InputError(f"another run is {use}; wait for it, or name another")
     return lock

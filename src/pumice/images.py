@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pumice.config import TILED, ImagePolicy
 from pumice.conversation import ImagePart, StoredImage
-from pumice.errors import InputError, install
+from pumice.errors import CAUSE, InputError, install, wrong_input
 from pumice.geometry import (
     LONGEST_CROPPED,
     best_resolution,
@@ -88,11 +88,11 @@ def read_image(source: Source) -> bytes | Image.Image:
     if isinstance(source, Image.Image):
         return source
     name = _name(source)
-    try:
-        with _open_file(source, name) as file:
-            data = file.read()
-    except OSError as error:
-        raise InputError(f"{name} cannot be read: {error.strerror}; check the disk") from error
+    with (
+        wrong_input(OSError, f"{name} cannot be read: {CAUSE}; check the disk"),
+        _open_file(source, name) as file,
+    ):
+        data = file.read()
     if isinstance(source, bytes):
         return source
     picture = ImageBytes(data)
@@ -311,7 +311,7 @@ def _open_file(source: Any, name: str) -> BinaryIO:
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         raise InputError(f"{name} is a web address; save the picture to a file first")
     path = Path(source)
-    try:
+    with wrong_input(OSError, f"{name} cannot be opened: {CAUSE}; check the path"):
         if path.is_dir():
             raise InputError(f"{name} is a folder; name a picture in it")
         if not path.exists():
@@ -321,8 +321,6 @@ def _open_file(source: Any, name: str) -> BinaryIO:
         if not path.stat().st_size:
             raise InputError(f"{name} is empty (0 bytes); fetch or save it again")
         return path.open("rb")
-    except OSError as error:
-        raise InputError(f"{name} cannot be opened: {error.strerror}; check the path") from error
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:

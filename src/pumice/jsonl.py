@@ -11,8 +11,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pumice.errors import InputError
-from pumice.files import appending, hold_file, whole_lines
+from pumice.errors import CAUSE, InputError, wrong_input
+from pumice.files import appending, hold, whole_lines
 
 T = TypeVar("T")
 
@@ -48,19 +48,20 @@ def read_values(path: Path, read: Callable[[int, Any], T]) -> list[T]:
     """
     lines = whole_lines(path)
     last = path.read_bytes().decode("utf-8", errors="replace").rpartition("\n")[2]
-    if isinstance(_parse(last), dict | list):
+    if isinstance(parse_json(last), dict | list):
         lines.append(last)
     elif last and not is_cut_off(last):
         raise InputError(
             f"'{path}', line {len(lines) + 1} is no object, so the file is another one; name another file or "
             "remove it"
         )
-    return [read(number, _parse(line)) for number, line in enumerate(lines)]
+    return [read(number, parse_json(line)) for number, line in enumerate(lines)]
 
 
-def _parse(line: str) -> Any:
+def parse_json(text: str | bytes) -> Any:
+    """Return a JSON value, or None where the text is none."""
     try:
-        return json.loads(line)
+        return json.loads(text)
     except (ValueError, RecursionError):
         return None
 
@@ -75,10 +76,8 @@ class ResumableFile(Generic[T]):
 
     def __init__(self, path: str | PathLike[str], read: Callable[[int, Any], T]) -> None:
         self.path = Path(path)
-        try:
-            self._lock = hold_file(self.path)
-        except OSError as error:
-            raise InputError(f"'{path}' cannot be written: {error.strerror}; name another file") from error
+        with wrong_input(OSError, f"'{path}' cannot be written: {CAUSE}; name another file"):
+            self._lock = hold(self.path, f"writing the file '{path}'")
         try:
             self.values = read_values(self.path, read)
             if len(self.values) > len(whole_lines(self.path)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from pumice.errors import InputError
+from pumice.errors import InputError, check_known
 
 BoxFormName = Literal["padded", "picture", "qwen", "pixels"]  # `boxes.FORMS` says what they mean
 BOX_FORMS: tuple[str, ...] = get_args(BoxFormName)
@@ -13,8 +13,7 @@ BOX_FORMS: tuple[str, ...] = get_args(BoxFormName)
 
 def check_box_form(name: str) -> None:
     """Raise InputError unless there is this way to write boxes."""
-    if name not in BOX_FORMS:
-        raise InputError(f"boxes: there is no form {name!r}; use one of {', '.join(BOX_FORMS)}")
+    check_known(name, BOX_FORMS, f"boxes: there is no form {name!r}")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable
 from importlib import import_module
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -58,6 +57,8 @@ class _OldModules:
             return ModuleSpec(fullname, None, is_package=True)
         for old, new in MODULES.items():
             if fullname == old or fullname.startswith(f"{old}."):
+                from importlib.util import find_spec  # here: `import pumice` stays quick
+
                 new_name = new + fullname.removeprefix(old)
                 if new_spec := find_spec(new_name):
                     _warn(fullname, new_name)

@@ -21,7 +21,7 @@ import tokenizers
 
 from pumice.config import IMAGE_TOKEN
 from pumice.conversation import ImagePart
-from pumice.errors import ContextOverflow, InputError, shorten
+from pumice.errors import CAUSE, ContextOverflow, InputError, shorten, wrong_input
 from pumice.stopping import check_stopped
 from pumice.templates import Plain, Span, Spans, Template
 
@@ -80,10 +80,8 @@ class Tokenizer:
     def from_file(cls, path: str | Path) -> Tokenizer:
         if not Path(path).is_file():
             raise InputError(f"there is no tokenizer at {path}; give a tokenizer.json")
-        try:
+        with wrong_input(OSError, f"{path} cannot be read: {CAUSE}; check the file"):
             data = Path(path).read_bytes()
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}; check the file") from error
         return cls(parse_tokenizer(data, path))
 
     def __len__(self) -> int:

@@ -93,6 +93,10 @@ def test_what_is_refused(examples: Examples, tmp_path: Path) -> None:
     convert(rows, tmp_path / "out", "llava", finder)
     with pytest.raises(InputError, match=r"holds another conversion, or '.*rows\.json' has changed"):
         convert(rows, tmp_path / "out", "webdataset", finder)
+    for damaged in (b"", b"[" * 100_000, b"\xff"):
+        (tmp_path / "out" / "convert.json").write_bytes(damaged)
+        with pytest.raises(InputError, match="holds another conversion"):
+            convert(rows, tmp_path / "out", "llava", finder)
     values = json.loads((tmp_path / "rows.json").read_text())
     values[3]["image"] = "gone.png"
     mixed = Rows(jsonl(tmp_path / "mixed.jsonl", [*values, {"id": "x"}]))

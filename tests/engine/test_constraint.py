@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 from pumice import InputError
 from pumice.assistant import Assistant, load
 from pumice.conversation import Conversation, user_message
+from pumice.engine import grammar_check
 from pumice.engine.constraint import _compiled, json_rule
 from pumice.engine.generate import naive_generate
-from pumice.engine.grammar_check import LARGEST, GrammarCheck
+from pumice.engine.grammar_check import LARGEST, LEXER_STATES, GrammarCheck, compile_grammar
 
 pytest.importorskip("llguidance", reason="llguidance is not installed")
 
@@ -68,6 +70,14 @@ def nested(levels: int) -> dict[str, Any]:
     return schema
 
 
+def doubled(levels: int) -> dict[str, Any]:
+    """Return a schema of two that are one and the same, and so on."""
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(levels):
+        schema = {"anyOf": [schema, schema]}
+    return schema
+
+
 PATTERNS = [{"type": "string", "pattern": f".*{letter}.*"} for letter in "abcdefghijklmnopqrst"]
 
 
@@ -77,7 +87,7 @@ PATTERNS = [{"type": "string", "pattern": f".*{letter}.*"} for letter in "abcdef
         ({"type": "objec"}, ""),
         ({"type": object}, "type is not JSON serializable"),
         ({"$ref": "http://a.example/b"}, ""),
-        ({"$ref": "#"}, ""),
+        ({"$ref": "#"}, "no answer satisfies it"),
         ({"type": "number", "multipleOf": 982451653}, "fuel exhausted"),
         ({"enum": []}, "Unsatisfiable schema"),
         ({"type": "string", "minLength": 5, "maxLength": 4}, ""),
@@ -87,6 +97,7 @@ PATTERNS = [{"type": "string", "pattern": f".*{letter}.*"} for letter in "abcdef
         ({"properties": {"a": {"items": [{"x-guidance": {}}]}}}, "x-guidance is not allowed"),
         ({"description": "x" * 70_000}, "it has 7\\d+ bytes, more than 65536"),
         (nested(40), "it has more than 32 levels"),
+        (doubled(15), "it has more than 65536 values"),
         ({"type": "integer", "minimum": 10**400}, ""),
     ],
 )
@@ -128,10 +139,36 @@ def test_a_check_that_is_stopped_ends_its_process() -> None:
     assert check.run() == ["the check was stopped"]  # as before it has begun
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGXCPU"), reason="Windows counts no seconds")
+def test_a_check_has_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_check, "WALL_SECONDS", 1000)
+    check = GrammarCheck([f"start: {json_rule({'allOf': PATTERNS})}"])
+    assert check.run() == ["it takes more than 2 s or 2048 MB to compile"]
+    assert check._process is not None
+    assert check._process.returncode == -signal.SIGXCPU
+
+
+def test_the_states_of_an_answer_are_bounded() -> None:
+    """So many letters that no remainder of a division by one of the primes comes back together."""
+    from llguidance import LLTokenizer
+
+    primes = (2, 3, 5, 7, 11, 13, 17)
+    rules = [f"L{prime}: /(x{{{prime}}})*y{prime}/" for prime in primes]
+    grammar = "\n".join([f"start: {' | '.join(f'L{prime}' for prime in primes)}", *rules])
+    matcher, reason = compile_grammar(grammar, LLTokenizer("byte"))
+    assert reason == ""
+    accepted = 0
+    while accepted < 2 * LEXER_STATES and matcher.consume_token(ord("x")):
+        accepted += 1
+    assert "too many states" in matcher.get_error()
+    assert LEXER_STATES // 2 < accepted < LEXER_STATES
+
+
 def test_several_grammars_are_checked_at_once() -> None:
-    good, bad = "start: /[ab]+/", "start: /[ab+/"
-    reasons = GrammarCheck([good, bad, good]).run()
-    assert [bool(reason) for reason in reasons] == [False, True, False]
+    good, bad, empty = "start: /[ab]+/", "start: /[ab+/", 'start: ""'
+    reasons = GrammarCheck([good, bad, empty, good]).run()
+    assert [bool(reason) for reason in reasons] == [False, True, True, False]
+    assert reasons[2] == "no answer satisfies it"
 
 
 def test_grammars_that_are_too_large_start_no_process() -> None:

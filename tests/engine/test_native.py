@@ -15,10 +15,12 @@ from pumice.engine.generate import generate
 from pumice.engine.native import NativeDecoder, native_decoder
 from pumice.engine.requests import Prompt
 from pumice.engine.sampling import SamplingParams
+from pumice.kernels.compute import quantize as quantize_weight
+from pumice.kernels.packed import PackedMatrix
 from pumice.model.cache import KVCache, Segment
 from pumice.model.decoder import Decoder
 from pumice.model.llava import Llava
-from pumice.model.quantized import KINDS, quantize
+from pumice.model.quantized import KINDS, kind_of, quantize, swap
 
 CPU, PAST = torch.device("cpu"), (5, 1, 9, 0, 7, 3, 8)
 FAMILIES = pytest.mark.parametrize(
@@ -45,19 +47,28 @@ def compiler() -> None:
         pytest.skip(reason)
 
 
-WEIGHTS = pytest.mark.parametrize("weights", ["int8", "int4", "fp32"])
+# mixed: layers that read the same activations hold their weights in int8 and int4, as in llama.cpp's Q4_K_M
+WEIGHTS = pytest.mark.parametrize("weights", ["int8", "int4", "mixed", "fp32"])
 
 
 def make(weights: str = "int8", **more: Any) -> Decoder:
-    sizes = {"heads": 4, "kv_heads": 2, "head_dim": 16, "width": 64, "mlp_width": 160} | more
+    width = 256 if weights == "mixed" else 64  # from 256 on, int4 is Q4_K, whose activations share scales
+    sizes = {"heads": 4, "kv_heads": 2, "head_dim": 16, "width": width, "mlp_width": 160} | more
     config = DecoderConfig(vocab_size=52, depth=3, **sizes)
     torch.manual_seed(0)
     decoder = Decoder(config).eval().requires_grad_(False)
     for parameter in decoder.parameters():
         parameter.data.normal_(0, 0.15) if parameter.dim() == 2 else parameter.data.uniform_(0.5, 1.5)
-    if weights in KINDS:
+    if weights == "mixed":
+        swap(decoder, mixed)
+    elif weights in KINDS:
         quantize(decoder, weights)
     return decoder
+
+
+def mixed(name: str, weight: Tensor) -> PackedMatrix:
+    bits = "int8" if name.endswith((".v.weight", ".up.weight")) else "int4"
+    return quantize_weight(weight, kind_of(bits, name, weight.shape[1]), name)
 
 
 def filled(decoder: Decoder) -> tuple[KVCache, list[Segment]]:
@@ -138,11 +149,12 @@ def test_a_row_is_the_same_in_any_company_and_with_any_threads(weights: str) -> 
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("weights", ["int8", "mixed"])
 @pytest.mark.parametrize("window", [None, 48])
 @torch.inference_mode()
-def test_a_prompt_equals_the_modules_and_does_not_depend_on_company(window: int | None) -> None:
+def test_a_prompt_equals_the_modules_and_does_not_depend_on_company(window: int | None, weights: str) -> None:
     """Prompts, with and without an earlier part, beside an answer."""
-    decoder = make("int8", sliding_window=window)
+    decoder = make(weights, sliding_window=window)
     segments = [
         Segment([0, 9, 5, 7], 0, 100), Segment([1], 20, 1), Segment([2, 8, 4], 33, 40), Segment([3], 0, 2),
     ]  # fmt: skip
@@ -173,6 +185,25 @@ def test_a_prompt_equals_the_modules_and_does_not_depend_on_company(window: int 
             alone = ready(decoder, fresh())
             rows = x[ends[number] - segment.new : ends[number]]
             assert torch.equal(alone.logits(rows, [segment], [segment.new - 1])[0], together[1 + number])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.inference_mode()
+def test_activations_are_not_rounded_anew_while_a_thread_multiplies_them() -> None:
+    decoder = make("mixed", heads=16, kv_heads=16)
+    segment = Segment(range(5), 0, 143)
+    x = decoder.embed(torch.arange(segment.new) % 52)
+
+    def logits(thread_count: int) -> Tensor:
+        torch.set_num_threads(thread_count)
+        cache = KVCache(decoder.config, 5 * 32, CPU, torch.bfloat16, block=32)
+        return ready(decoder, cache).logits(x, [segment], [segment.new - 1])
+
+    threads = torch.get_num_threads()
+    try:
+        alone = logits(1)
+        assert all(torch.equal(logits(count), alone) for _ in range(30) for count in (2, 3))
     finally:
         torch.set_num_threads(threads)
 

@@ -109,3 +109,6 @@ def test_a_file_that_is_no_result(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(InputError, match="not a result of pumice eval"):
         read_result(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"x\.json' cannot be read \(.*write it with --json"):
+        read_result(tmp_path / "x.json")

@@ -22,7 +22,7 @@ from pumice.evaluate.run import (
 )
 from pumice.evaluate.task import Question
 from pumice.evaluate.tasks import get_task
-from pumice.files import hold_file
+from pumice.files import hold
 
 TASK = get_task("own")
 PNG = b"\x89PNG\r\n\x1a\n"  # how the file of a picture begins
@@ -129,7 +129,7 @@ def test_a_file_of_another_run_is_refused(tmp_path: Path) -> None:
         run(TASK, QUESTIONS, Named(), path)
     with pytest.raises(InputError, match=r"the folder .* does not exist"):
         run(TASK, QUESTIONS, Counts(), tmp_path / "no" / "a.jsonl")
-    with hold_file(path), pytest.raises(InputError, match="another run is writing"):
+    with hold(path, f"writing the file '{path}'"), pytest.raises(InputError, match="another run is writing"):
         run(TASK, QUESTIONS, Counts(), path)
 
 

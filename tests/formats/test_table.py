@@ -1,10 +1,12 @@
-"""No cell of the table of formats may get worse than it was when it was recorded.
+"""No cell of the tables of formats may get worse than it was when it was recorded.
 
 python benchmarks/formats.py --json > tests/golden/formats.json
+python benchmarks/formats.py --types --json > tests/golden/gguf_types.json
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -12,10 +14,24 @@ from typing import Any
 
 import pytest
 
-GOLDEN: dict[str, dict[str, dict[str, Any]]] = json.loads(
-    (Path(__file__).parents[1] / "golden" / "formats.json").read_text(encoding="utf-8")
-)
+Table = dict[str, dict[str, dict[str, Any]]]
+
+
+def recorded(file: str) -> Table:
+    table: Table = json.loads((Path(__file__).parents[1] / "golden" / file).read_text(encoding="utf-8"))
+    return table
+
+
+GOLDEN, TYPES = recorded("formats.json"), recorded("gguf_types.json")
 CELLS = [(name, to) for name, row in GOLDEN.items() for to in row]
+FLOATS = ("f32", "f16", "bf16")  # which `gguf/test_pair.py` reads back
+WRITTEN = [
+    (name, kind)
+    for name, row in TYPES.items()
+    for kind, cell in row.items()
+    if cell["refused"] is None and kind not in FLOATS
+]
+HAS_LLAMA = importlib.util.find_spec("llama_cpp") is not None
 
 
 def worse(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
@@ -41,8 +57,19 @@ def test_no_cell_is_worse(formats: ModuleType, tmp_path: Path, name: str, to: st
     assert worse(now, GOLDEN[name][to]) == []
 
 
-def test_every_architecture_is_recorded(models: ModuleType) -> None:
-    assert list(GOLDEN) == list(models.ARCHITECTURES)
+def test_every_architecture_is_recorded(models: ModuleType, formats: ModuleType) -> None:
+    assert list(GOLDEN) == list(TYPES) == list(models.ARCHITECTURES)
+    assert all(list(row) == formats.GGUF_TYPES for row in TYPES.values())
+
+
+@pytest.mark.parametrize(("name", "kind"), WRITTEN)
+def test_no_type_of_gguf_is_worse(formats: ModuleType, tmp_path: Path, name: str, kind: str) -> None:
+    """What is read back, beside the model; and the few bits that Pumice answers from, beside the floats."""
+    if kind in formats.gguf_write.BY_LLAMA_CPP and not HAS_LLAMA:
+        pytest.skip("llama-cpp-python is not installed")
+    now, then = vars(formats.measure_type(name, kind, tmp_path, run_others=False)), TYPES[name][kind]
+    for key in ("read_back", "answering"):
+        assert now[key] <= 3 * then[key] + 1e-5, key  # as in `worse`
 
 
 @pytest.mark.parametrize(

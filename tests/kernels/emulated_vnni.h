@@ -46,7 +46,6 @@ static inline integers e_widen(small x) {
     return y;
 }
 static inline floats e_times(floats a, floats b) { for (int i = 0; i < 16; i++) a.v[i] *= b.v[i]; return a; }
-static inline floats e_less(floats a, floats b) { for (int i = 0; i < 16; i++) a.v[i] -= b.v[i]; return a; }
 static inline floats e_fused(floats a, floats b, floats c) {
     for (int i = 0; i < 16; i++) c.v[i] = fmaf(a.v[i], b.v[i], c.v[i]);
     return c;
@@ -55,6 +54,27 @@ static inline integers e_both(integers a, integers b) { for (int i = 0; i < 64; 
 static inline integers e_shift(integers a, int by) {
     for (int i = 0; i < 32; i++) { uint16_t n; memcpy(&n, a.v + 2 * i, 2); n >>= by; memcpy(a.v + 2 * i, &n, 2); }
     return a;
+}
+static inline integers e_either(integers a, integers b) { for (int i = 0; i < 64; i++) a.v[i] |= b.v[i]; return a; }
+static inline integers e_shift_left(integers a, int by) {
+    for (int i = 0; i < 16; i++) { uint32_t n; memcpy(&n, a.v + 4 * i, 4); n <<= by; memcpy(a.v + 4 * i, &n, 4); }
+    return a;
+}
+static inline floats e_minus_product(floats a, floats b, floats c) {
+    for (int i = 0; i < 16; i++) c.v[i] = fmaf(-a.v[i], b.v[i], c.v[i]);
+    return c;
+}
+static inline integers e_dot_of_pairs(integers sum, integers a, integers b) {
+    for (int i = 0; i < 16; i++) {
+        int32_t n;
+        int16_t x[2], y[2];
+        memcpy(&n, sum.v + 4 * i, 4);
+        memcpy(x, a.v + 4 * i, 4);
+        memcpy(y, b.v + 4 * i, 4);
+        n += x[0] * y[0] + x[1] * y[1];
+        memcpy(sum.v + 4 * i, &n, 4);
+    }
+    return sum;
 }
 static inline integers e_dot(integers sum, integers a, integers b) {
     for (int i = 0; i < 16; i++) {
@@ -80,12 +100,16 @@ static inline integers e_dot(integers sum, integers a, integers b) {
 #define _mm512_storeu_si512 e_store_integers
 #define _mm512_loadu_si512 e_load_integers
 #define _mm512_setzero_ps() e_all_floats(0)
+#define _mm512_setzero_si512() e_all_integers(0)
 #define _mm512_set1_ps e_all_floats
 #define _mm512_set1_epi32 e_all_integers
 #define _mm512_set1_epi8 e_all_bytes
 #define _mm512_mul_ps e_times
-#define _mm512_sub_ps e_less
+#define _mm512_fnmadd_ps e_minus_product
 #define _mm512_fmadd_ps e_fused
 #define _mm512_and_si512 e_both
+#define _mm512_or_si512 e_either
+#define _mm512_slli_epi32 e_shift_left
 #define _mm512_srli_epi16 e_shift
 #define _mm512_dpbusd_epi32 e_dot
+#define _mm512_dpwssd_epi32 e_dot_of_pairs

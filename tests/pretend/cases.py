@@ -26,12 +26,14 @@ import torch.nn.functional as F
 from workshop import STAGES, Workshop
 
 from pumice.assistant import load
+from pumice.config import VisionConfig
 from pumice.engine import graphs, native
 from pumice.engine.engine import Engine
 from pumice.engine.requests import Prompt
 from pumice.engine.sampling import SamplingParams
 from pumice.kernels import compute
 from pumice.model.cache import KVCache, Segment
+from pumice.model.llava import make_tower
 from pumice.model.packed import Run
 from pumice.model.varlen import is_recent
 from pumice.train import checkpoint, devices, loop
@@ -108,8 +110,12 @@ def attention_calls(workshop: Workshop) -> dict[str, Any]:
 
 
 def waits(workshop: Workshop) -> dict[str, Any]:
-    """How often the host waits in one pack, with 2 and with 4 blocks."""
+    """How often the host waits in a pack, with 2 and with 4 blocks, and in a tower with shared positions."""
     results: dict[str, Any] = {}
+
+    def listed(seen: Counter[tuple[str, str]]) -> list[list[Any]]:
+        return [[*map(str, where), count] for where, count in seen.items()]
+
     for name in ("full", "lora"):
         for depth in (2, 4):
             changes = {"model": str(workshop.model(depth=depth)), "precision": "bf16", "stage": STAGES[name]}
@@ -119,8 +125,17 @@ def waits(workshop: Workshop) -> dict[str, Any]:
             trainer.objective(pack).backward()
             with cuda.watch() as seen:
                 trainer.objective(pack).backward()
-            results[f"{name} {depth}"] = [[*map(str, where), count] for where, count in seen.items()]
-    return results
+            results[f"{name} {depth}"] = listed(seen)
+    vision = VisionConfig(
+        "siglip", 38, 8, 2, depth=1, heads=1, mlp_width=8, activation="gelu_tanh", layer=-1, select="full",
+        fractional=True,
+    )  # fmt: skip
+    tower = make_tower(vision).to("cuda")
+    assert tower.position_ids is not None
+    pixels = torch.zeros(1, 3, 38, 38, device="cuda")
+    with cuda.watch() as seen:
+        tower(pixels)
+    return results | {"tower": listed(seen)}
 
 
 @patch.object(compute, "compiled", lambda name: (None, ""))

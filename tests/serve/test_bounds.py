@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from asking import ask, data_uri, picture, post, wait_until
 from test_limits import error_of
 
 from pumice.engine.grammar_check import GrammarCheck
-from pumice.serve import backend, guard
+from pumice.serve import backend, guard, work
 from pumice.serve.connection import FED, MAX_HEADERS, MAX_PIPELINED
+from pumice.serve.errors import ApiError
 from pumice.tokens import PIECE, Tokenizer
 
 KB = 1024
@@ -96,11 +99,14 @@ def test_headers_and_requests_within_the_limits(server: str) -> None:
     with httpx.Client() as client:  # one connection, whose headers are counted anew for each request
         for _ in range(10):
             assert client.get(f"{server}/health", headers=large).status_code == 200
-        content = json.dumps(ask("x" * 100)).encode()
-        chunks = (content[n : n + 1] for n in range(len(content)))  # six bytes of frame for each
-        headers = {"Content-Type": "application/json"}
-        response = client.post(f"{server}/v1/chat/completions", content=chunks, headers=headers, timeout=60)
+        headers = {"Content-Type": "application/json"}  # a body is not counted
+        body = json.dumps(ask()).encode() + b" " * (2 * MAX_HEADERS)
+        response = client.post(f"{server}/v1/chat/completions", content=body, headers=headers, timeout=60)
         assert response.status_code == 200
+    content = json.dumps(ask()).encode() + b" " * (MAX_HEADERS // 4)
+    with connect(server) as connection:  # five bytes of frame for each byte of the body
+        connection.sendall(CHUNKED + b"".join(b"1\r\n%c\r\n" % byte for byte in content) + b"0\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
 
 
 def test_requests_that_wait_behind_one(server: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -226,6 +232,10 @@ def test_what_comes_back_is_shortened(
     assert LONG[:201] not in logged
 
 
+def test_no_error_is_longer_than_a_thousand_characters() -> None:
+    assert ApiError(400, "x" * 2000).message == "x" * 1000 + "... (2000 characters)"
+
+
 def test_a_token_of_too_many_digits_comes_back_shortened(server: str) -> None:
     response = post(server, {"prompt": [10**4000]}, "/v1/completions")
     assert "the prompt has the token 1000" in error_of(response, 400)["message"]
@@ -296,6 +306,30 @@ def test_pictures_to_explain_have_a_limit_together(local: Any) -> None:
             response = post(url, body, "/explain")
             assert response.status_code == status
         assert error_of(response, 400)["code"] == "image_too_large"
+
+
+@pytest.mark.parametrize(("kind", "times"), [("long", 1), ("explain", 1), ("short", 0)])
+def test_memory_of_long_work_goes_back(monkeypatch: pytest.MonkeyPatch, kind: Any, times: int) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(work, "return_freed_memory", lambda: calls.append(1))
+    workers = work.Workers()
+    assert asyncio.run(workers.run(kind, lambda: 3)) == 3
+    workers.close()
+    assert len(calls) == times
+
+
+def test_memory_of_large_requests_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    returned = threading.Event()
+    monkeypatch.setattr(work, "return_freed_memory", returned.set)
+    threads = threading.active_count()
+    account = work.Account(work.Memory(4 * work.LARGE))
+    account.take(work.LARGE)
+    account.close()
+    assert threading.active_count() == threads
+    account.take(work.LARGE + 1)
+    account.close()
+    assert returned.wait(60)
+    assert account.memory.taken == 0
 
 
 def test_a_data_uri_without_data(server: str) -> None:

@@ -88,7 +88,12 @@ def site() -> Iterator[Any]:
     server.server_close()
 
 
-def fetch(url: str, names: dict[str, list[str]] | None = None, **more: Any) -> tuple[bytes, list[str]]:
+def fetch(
+    url: str,
+    names: dict[str, list[str]] | None = None,
+    take: Callable[[int], None] = lambda _: None,
+    **more: Any,
+) -> tuple[bytes, list[str]]:
     """(what was fetched, the names that were resolved); the names' addresses are given."""
     asked: list[str] = []
 
@@ -99,7 +104,7 @@ def fetch(url: str, names: dict[str, list[str]] | None = None, **more: Any) -> t
     async def run() -> bytes:
         fetcher = Fetcher(**{"size": 4000, "seconds": 5, "resolve": resolve, **more})
         try:
-            return await fetcher.get(url, "field")
+            return await fetcher.get(url, "field", take)
         finally:
             await fetcher.close()
 
@@ -126,6 +131,18 @@ def test_the_connection_goes_to_the_address_that_was_checked(site: Any) -> None:
     assert data == picture()
     assert asked == ["pictures.example"]  # once: a second look could be told something else
     assert site.seen[-1] == ("/a.png", f"pictures.example:{port}")
+
+
+def test_what_arrives_is_counted_before_it_is_kept(site: Any) -> None:
+    url, counts = f"http://127.0.0.1:{site.server_port}/a.png", list[int]()
+    fetch(url, take=counts.append, permitted=only_loopback)
+    assert sum(counts) == len(picture())
+
+    def no_room(count: int) -> None:
+        raise ApiError(429, "ask again")
+
+    with pytest.raises(ApiError, match="ask again"):
+        fetch(url, take=no_room, permitted=only_loopback)
 
 
 def test_names_that_lead_inside(site: Any) -> None:

@@ -466,7 +466,6 @@ def test_a_fault_of_ours_is_told_with_an_id_and_logged_with_a_trace(
     ("wrong", "message"),
     [
         ({"port": 70000}, "the port is 70000"),
-        ({"queue": -1}, "queue is -1"),
         ({"timeout": 0.0}, "timeout is 0.0"),
         ({"api_key": ("short",)}, "fewer than 8 characters"),
         ({"cors": ("app.example",)}, "CORS origin 'app.example'"),

@@ -231,6 +231,7 @@ def test_responses_give_log_probabilities(openai_client: openai.OpenAI) -> None:
             "input.0.id",
             "the item 'x' is not here any more; send it whole",
         ),
+        ({"input": [{"type": "item_reference", "id": "x" * 999}]}, "input.0.id", "xx... (1001 characters)"),
         (
             {"input": [{"type": "web_search_call", "id": "x"}]},
             "input.0.type",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import json
 import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,11 +26,12 @@ from pumice.engine.grammar_check import GrammarCheck
 from pumice.explain.attention import Passages
 from pumice.serve import backend, images, run, work
 from pumice.serve.anthropic import AnthropicRequest
+from pumice.serve.connection import LimitedProtocol
 from pumice.serve.ollama import OllamaChatRequest, OllamaGenerateRequest
 from pumice.serve.responses import ResponsesRequest
 from pumice.serve.settings import ServerSettings
 from pumice.serve.work import SHORT_TEXT, THREADS, Workers
-from pumice.stopping import Stopped, check_stopped
+from pumice.stopping import Stopped, check_stopped, stoppable
 
 # It takes a minute to compile. Each number makes it another one.
 PATTERNS = [{"type": "string", "pattern": f".*{letter}.*"} for letter in "abcdefghijklmnopqrst"]
@@ -105,18 +108,27 @@ def read(connection: socket.socket) -> str:
     return data.decode()
 
 
-def test_the_end_of_a_drain(tiny_folder: Path, held_engine: Held, caplog: pytest.LogCaptureFixture) -> None:
-    """Streams get an error event, all others 503 in JSON, the log one line each and no trace."""
+def started(
+    tiny_folder: Path, cache_tokens: int = 256, chunk: int = 512
+) -> tuple[run.Server, socket.socket, threading.Thread]:
+    """Return a server in a thread of this process, and its listening socket."""
     from pumice.assistant import load
 
-    caplog.set_level("INFO")
-    assistant = load(tiny_folder, device="cpu", quantize=None, slots=1, cache_tokens=2048, chunk=64)
+    assistant = load(
+        tiny_folder, device="cpu", quantize=None, slots=1, cache_tokens=cache_tokens, chunk=chunk
+    )
     settings = ServerSettings(port=0).check()
     server, listener = run.make_server(assistant, ("tiny",), settings), run.bind(settings)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
-    while not server.started:
-        assert thread.is_alive()
+    wait_until(lambda: server.started)
+    return server, listener, thread
+
+
+def test_the_end_of_a_drain(tiny_folder: Path, held_engine: Held, caplog: pytest.LogCaptureFixture) -> None:
+    """Streams get an error event, all others 503 in JSON, the log one line each and no trace."""
+    caplog.set_level("INFO")
+    server, listener, thread = started(tiny_folder, cache_tokens=2048, chunk=64)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     # 1. A stream that has begun, streams and questions that wait, and a body that is still arriving.
     begun = send(url, ask(max_tokens=200, stream=True))
@@ -151,12 +163,8 @@ def test_connections_that_nobody_has_accepted_at_the_end(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The system has made them while the server was busy. Closing its socket then would reset them."""
-    from pumice.assistant import load
-
     monkeypatch.setattr(run, "ACCEPT_SECONDS", 0)
-    assistant = load(tiny_folder, device="cpu", quantize=None, slots=1, cache_tokens=256)
-    settings = ServerSettings(port=0).check()
-    server, listener = run.make_server(assistant, ("tiny",), settings), run.bind(settings)
+    server, listener, thread = started(tiny_folder)
     held, end = Held(), server._gate.end
 
     def slow_end() -> None:
@@ -164,10 +172,6 @@ def test_connections_that_nobody_has_accepted_at_the_end(
         end()
 
     monkeypatch.setattr(server._gate, "end", slow_end)
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     server.should_exit = True
     assert held.entered.wait(60)
@@ -175,6 +179,53 @@ def test_connections_that_nobody_has_accepted_at_the_end(
     held.leave.set()
     for connection in waiting:
         assert read(connection).startswith("HTTP/1.1 503")
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def unread_answers(server: run.Server, listener: socket.socket, answered: bool) -> Iterator[None]:
+    """A client that reads nothing, until no buffer takes more. answered: its last request has an answer."""
+    with socket.create_connection(listener.getsockname()[:2]) as connection:
+        wait_until(lambda: server.server_state.connections)
+        (protocol,) = server.server_state.connections
+        assert isinstance(protocol, LimitedProtocol)
+
+        def request() -> None:
+            before = protocol.cycle
+            connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            wait_until(lambda: protocol.cycle is not before)
+
+        while not protocol.flow.write_paused:
+            request()
+            wait_until(lambda: protocol.cycle.response_complete)
+        if not answered:
+            request()
+        assert protocol.cycle.response_complete == answered
+        yield
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_who_reads_no_answer_is_cut_off_at_the_end(
+    tiny_folder: Path, caplog: pytest.LogCaptureFixture, answered: bool
+) -> None:
+    """No task has to be cancelled, which the log would tell."""
+    caplog.set_level("INFO")
+    server, listener, thread = started(tiny_folder)
+    with unread_answers(server, listener, answered):
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()
+    assert not [record for record in caplog.records if record.exc_info or record.levelno > logging.INFO]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep the connection")
+def test_who_reads_no_answer_for_long_is_cut_off(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "UNREAD_SECONDS", 2)
+    server, listener, thread = started(tiny_folder)
+    with unread_answers(server, listener, answered=True):
+        wait_until(lambda: not server.server_state.connections, 60)
+    server.should_exit = True
     thread.join(60)
     assert not thread.is_alive()
 
@@ -309,6 +360,19 @@ def test_long_work_leaves_threads_to_short_work() -> None:
         workers.close()
 
     asyncio.run(main())
+
+
+def test_a_search_for_the_damaged_picture_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, opened = threading.Event(), []
+
+    def opening(data: bytes) -> None:
+        opened.append(data)
+        stop.set()
+
+    monkeypatch.setattr(images, "open_image", opening)
+    with stoppable(stop), pytest.raises(Stopped):
+        images.find_damaged({"a": b"1", "b": b"2"})
+    assert opened == [b"1"]
 
 
 def test_each_kind_of_work_has_its_threads(roomy: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -25,7 +26,11 @@ from pumice.formats.pumice import folder as model_folder
 from pumice.images import image_size
 from pumice.media import Frames, VideoPolicy
 from pumice.serve import images
-from pumice.serve.images import PictureFile, count_tiles
+from pumice.serve.errors import ApiError
+from pumice.serve.images import PictureFile, count_tiles, read_images
+from pumice.serve.messages import VideoUrl
+from pumice.serve.settings import ServerSettings
+from pumice.serve.work import Account, Memory, Workers
 
 FIELD = "messages.0.content.0.video_url"
 
@@ -118,6 +123,24 @@ def test_frames_are_checked_beside_the_event_loop(server: str, monkeypatch: pyte
     monkeypatch.setattr(images, "image_size", size)
     assert post(server, asked(video_part(animation(3)))).status_code == 200
     assert [name.startswith("pumice-videos") for name in threads] == [True] * 3
+
+
+def test_frames_count_in_the_memory_of_requests() -> None:
+    url = VideoUrl(url=video_part(animation())["video_url"]["url"])
+
+    async def read(account: Account) -> Any:
+        workers = Workers()
+        try:
+            return await read_images([("a", url)], ServerSettings().check(), None, workers, account, None)
+        finally:
+            workers.close()
+
+    account = Account(Memory(1 << 20))
+    (file,) = asyncio.run(read(account))
+    assert account.taken == sum(map(len, file.data.source.images)) > 0
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(read(Account(Memory(account.taken - 1))))
+    assert caught.value.status == 413
 
 
 def test_videos_count_as_pictures_do(small: str, monkeypatch: pytest.MonkeyPatch) -> None:

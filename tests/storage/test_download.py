@@ -206,9 +206,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return snapshot
 
 
-@pytest.mark.parametrize("offline", [False, True])
-def test_hub_from_its_cache(hub: Path, offline: bool) -> None:
-    assert from_hub("owner/tiny", ["*.json"], offline=offline) == hub
+def test_hub_from_its_cache(hub: Path) -> None:
+    assert from_hub("owner/tiny", ["*.json"]) == hub
     assert locate("owner/tiny", ["*.json"]) == hub
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -302,6 +303,10 @@ def test_a_cache_of_an_older_version_opens(tmp_path: Path) -> None:
     again = FeatureCache(tmp_path, "tower", 3, 2)
     read = again.read("b")
     assert read is not None and read.tolist() == [[[2.0, 2.0]] * 3] * 2
+    again.close()
+    os.truncate(tmp_path / "features.bin", 2 * 3 * 2 * 2)  # no checksum says that a tile of b is gone
+    again = FeatureCache(tmp_path, "tower", 3, 2)
+    assert "a" in again and again.read("b") is None
 
 
 def test_a_torn_line_of_metrics_is_left_out(tmp_path: Path) -> None:

@@ -340,7 +340,8 @@ def test_a_diverging_run_stops_before_its_weights_are_spoiled(
 
 def test_two_runs_do_not_share_an_output_folder(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    with hold(tmp_path / "run", "output folder"), pytest.raises(InputError, match="another run is using"):
+    lock = hold(tmp_path / "run" / ".lock", "here")
+    with lock, pytest.raises(InputError, match="another run is using"):
         run(make_recipe())
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pumice.train.loop import Trainer
@@ -89,6 +90,30 @@ def test_compiled_parts_give_the_same_loss_and_gradients(
         torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_packs_of_other_lengths_are_not_compiled_again(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs: list[Any] = []
+
+    def backend(module: Any, inputs: Any) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()  # other tests compiled the same code
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    run = make_trainer(make_recipe(compile=True, batch=1))
+    run.model.train()
+    lengths, compiled = set[int](), list[int]()
+    for step in range(3):
+        for pack in run._prepare_step(step).packs:
+            run.objective(pack).backward()
+            lengths.add(len(pack.input_ids))
+            compiled.append(len(graphs))
+    assert len(lengths) == 3
+    # Once for all blocks: the norm, projections with rotary positions, the MLP with its norm and residuals.
+    assert compiled == [3] * len(compiled)
+
+
 class Products(TorchDispatchMode):
     """The matrix products that run, by the shape of their result."""
 
@@ -101,6 +126,43 @@ class Products(TorchDispatchMode):
         if func.__name__.partition(".")[0] in ("mm", "addmm"):
             self.shapes.append(tuple(result.shape))
         return result
+
+
+class Conversions(TorchDispatchMode):
+    """The copies in bf16 of matrices of one shape."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.copies = shape, list[StorageWeakRef]()
+
+    def alive(self) -> int:
+        return sum(not copy.expired() for copy in self.copies)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        converts = func is torch.ops.aten._to_copy.default and result.dtype == torch.bfloat16
+        if converts and result.shape == self.shape:
+            self.copies.append(StorageWeakRef(result.untyped_storage()))
+        return result
+
+
+def test_weights_in_bf16_are_freed_during_the_forward_pass(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autocast's cache would keep the whole model in bf16 until the end of the pass."""
+    run = make_trainer(make_recipe(precision="bf16", checkpointing="full"))
+    [pack, *_] = run._prepare_step(0).packs
+    plain, alive = run.objective.loss, list[int]()
+    with Conversions(run.model.decoder.blocks[0].mlp.gate.weight.shape) as conversions:
+
+        def watched(*arguments: Any) -> torch.Tensor:
+            alive.append(conversions.alive())
+            return plain(*arguments)
+
+        monkeypatch.setattr(run.objective, "loss", watched)
+        run.objective(pack)
+    assert len(conversions.copies) == 4  # gate and up of two blocks
+    assert alive == [0]
 
 
 @pytest.mark.parametrize("learns", ["connector", "decoder"])

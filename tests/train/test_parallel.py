@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 from pumice.data.convert import convert
 from pumice.data.rows import ImageFinder, Rows
 from pumice.errors import InputError
+from pumice.train.loop import Trainer
 from pumice.train.parallel import World
-from pumice.train.recipe import Recipe
+from pumice.train.recipe import Recipe, load_recipe
+from pumice.train.setup import prepare
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no gloo"),
@@ -47,6 +50,20 @@ def test_four_processes_learn_adapters_on_int8_with_packs_without_pictures(
     processes.prepare(tmp_path)
     results = processes.spread(tmp_path, ["one", "fsdp 4"], processes.run_forked, **processes.ADAPTERS)
     assert results["fsdp 4"] < 1e-6, results
+
+
+def test_shards_take_the_gradients_of_each_pack(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Else every process would hold whole gradients until the last pack of a step."""
+    recipe, world = load_recipe(make_recipe()), World(kind="fsdp")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        run = Trainer(recipe, prepare(recipe, load_on=world.load_on), world)
+        [pack, *_] = run._prepare_step(0).packs
+        with world.accumulate(last=False):
+            run.wrapped_objective(pack).backward()
+        assert [name for name, p in run.trainable.items() if p.grad is None] == []
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_streamed_rows_stay_in_their_steps_with_any_number_of_processes(

@@ -14,9 +14,9 @@ import typer
 from typer import Argument, Option
 
 from pumice.cli import options, reading
-from pumice.errors import InputError
+from pumice.errors import CAUSE, InputError, wrong_input
 from pumice.files import replacing
-from pumice.jsonl import json_text, print_json
+from pumice.jsonl import AnswerFile, json_text, print_json
 from pumice.progress import LOG_SECONDS, ProgressBar
 
 DRAWN = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # of --out, and Pillow's names
@@ -53,12 +53,13 @@ def ask(
 
     pumice ask dog.jpg "What is the dog doing?"
     """
+    asking = _Asking(model, opening, sampling.given(), frames, as_json)
     if batch is not None:
         if arguments:
             raise InputError(f"--batch reads its questions from the file; leave out {arguments[-1]!r}")
         if out is None:
             raise InputError("--batch needs --out OUT.jsonl, where the answers go")
-        _ask_batch(batch, out, model, opening, slots, as_json, sampling.given(), frames)
+        _ask_batch(batch, out, asking, slots)
         return
     *images, question = arguments or [""]
     _check_question(images, question)
@@ -70,7 +71,18 @@ def ask(
             )
     if out is not None:
         _check_drawing(out, images)
-    _ask_one(images, question, model, opening, as_json, sampling.given(), frames, out)
+    _ask_one(images, question, asking, out)
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """What one question and a batch have in common. frames: of each video."""
+
+    model: str
+    opening: options.Opening
+    sampling: dict[str, Any]
+    frames: int | None
+    as_json: bool
 
 
 def _check_question(images: list[str], question: str) -> None:
@@ -130,37 +142,22 @@ def _check_frames(frames: int | None, images: Iterable[Any]) -> None:
         raise InputError("--frames is for a video or an animation, and none is shown; leave it out")
 
 
-def _ask_one(
-    images: list[str],
-    question: str,
-    model: str,
-    opening: options.Opening,
-    as_json: bool,
-    sampling: dict[str, Any],
-    frames: int | None,
-    out: Path | None,
-) -> None:
+def _ask_one(images: list[str], question: str, asking: _Asking, out: Path | None) -> None:
     from pumice.conversation import Conversation, question_message
 
     # Before torch is imported, so that a wrong path fails at once.
-    opened = [_open(path, frames) for path in images]
-    _check_frames(frames, opened)
+    opened = [_open(path, asking.frames) for path in images]
+    _check_frames(asking.frames, opened)
     if out is not None and _videos(opened[-1:]):
         raise InputError(f"--out {out} draws boxes on a picture, {images[-1]!r} is a video; leave it out")
-    options.share_cores()
-    from pumice.assistant import CHUNK_SHOWN
-    from pumice.engine.sampling import SamplingParams
-
-    SamplingParams(**sampling)  # raises before the model is loaded
-    assistant = opening.load(model, chunk=CHUNK_SHOWN)
-    reply = assistant.stream(Conversation((question_message(question, opened),)), **sampling)
-    pieces = []
-    for piece in reply if as_json else reading.pieces(reply):
-        pieces.append(piece)
-        if not as_json:
+    assistant = asking.opening.load_to_ask(asking.model, asking.sampling, shown=True)
+    reply = assistant.stream(Conversation((question_message(question, opened),)), **asking.sampling)
+    answer = ""
+    for piece in reply if asking.as_json else reading.pieces(reply):
+        answer += piece
+        if not asking.as_json:
             print(piece, end="", flush=True)
-    answer = "".join(pieces)
-    if as_json:
+    if asking.as_json:
         values = {"model": assistant.name, "images": images, "question": question, "answer": answer}
         print_json({**values, "finish": reply.finish, "tokens": reply.tokens})
     else:
@@ -185,37 +182,27 @@ class _Row:
     error: str = ""
 
 
-def _ask_batch(
-    source: Path,
-    out: Path,
-    model: str,
-    opening: options.Opening,
-    slots: int,
-    as_json: bool,
-    sampling: dict[str, Any],
-    frames: int | None,
-) -> None:
+def _ask_batch(source: Path, out: Path, asking: _Asking, slots: int) -> None:
     # 1. Read all rows and check the paths, before the model is loaded.
-    try:
+    with (
+        wrong_input(OSError, f"the questions '{source}' cannot be read: {CAUSE}; check the path"),
+        wrong_input(UnicodeDecodeError, f"'{source}' is not UTF-8 text; save it as UTF-8"),
+    ):
         # Not splitlines: it also splits at characters that JSON allows inside a text.
         lines = source.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise InputError(
-            f"the questions '{source}' cannot be read: {error.strerror}; check the path"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"'{source}' is not UTF-8 text; save it as UTF-8") from error
     rows = [
-        _read_row(line, number, source.parent, frames) for number, line in enumerate(lines, 1) if line.strip()
+        _read_row(line, number, source.parent, asking.frames)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
     ]
     if not rows:
         raise InputError(f"'{source}' holds no questions; write one JSON object per line")
-    _check_frames(frames, [image for row in rows for image in row.images])
+    _check_frames(asking.frames, [image for row in rows for image in row.images])
     options.check_out(out, [source], "the questions themselves")
     partial = out.with_name(f"{out.name}.partial")
     # 2. Answer the rows without an error. `partial` keeps the answers of a run that is stopped.
     valid_rows = [row for row in rows if not row.error]
-    answers = iter(_answer_rows(valid_rows, partial, model, opening, slots, sampling, frames))
+    answers = iter(_answer_rows(valid_rows, partial, asking, slots))
     # 3. Write one line for every row, in the order of the input.
     failed = 0
     with replacing(out) as file:
@@ -226,7 +213,7 @@ def _ask_batch(
             line = {"id": row.id, "error" if is_error else "answer": str(answer)}
             file.write(json_text(line) + "\n")
     partial.unlink(missing_ok=True)
-    if as_json:
+    if asking.as_json:
         print_json({"rows": len(rows), "answered": len(rows) - failed, "errors": failed, "out": str(out)})
     elif failed:
         print(f"pumice: {failed} of {len(rows)} rows have an error instead of an answer", file=sys.stderr)
@@ -234,27 +221,14 @@ def _ask_batch(
         raise typer.Exit(1)
 
 
-def _answer_rows(
-    rows: list[_Row],
-    partial: Path,
-    model: str,
-    opening: options.Opening,
-    slots: int,
-    sampling: dict[str, Any],
-    frames: int | None,
-) -> list[str | InputError]:
+def _answer_rows(rows: list[_Row], partial: Path, asking: _Asking, slots: int) -> list[str | InputError]:
     """Return the answer or the error of each row. A stopped run continues from the answers in `partial`."""
     if not rows:
         return []
-    options.share_cores()
-    from pumice.engine.sampling import SamplingParams
-    from pumice.jsonl import AnswerFile
-
-    SamplingParams(**sampling)  # raises before the model is loaded
-    assistant = opening.load(model)
-    sampling = {**assistant.generation, **sampling}  # the file says with what it was asked in full
+    assistant = asking.opening.load_to_ask(asking.model, asking.sampling)
+    sampling = {**assistant.generation, **asking.sampling}  # the file says with what it was asked in full
     questions = [(list(row.images), row.question) for row in rows]
-    asked = {"model": model, "frames": frames, **opening.arguments(), **sampling}
+    asked = {"model": asking.model, "frames": asking.frames, **asking.opening.arguments(), **sampling}
     with AnswerFile(partial, questions, asked) as file, ProgressBar(log_seconds=LOG_SECONDS) as bar:
         if done := len(file.answers):
             print(f"pumice: {done} of {len(rows)} answers are in '{partial}' already", file=sys.stderr)

@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlparse
 from typer import Argument
 
 from pumice.cli import options, reading
-from pumice.errors import InputError, counted
+from pumice.errors import CAUSE, InputError, counted, wrong_input
 from pumice.files import replacing
 
 if TYPE_CHECKING:
@@ -48,14 +48,10 @@ def chat(
 ) -> None:
     """Talk about pictures in the terminal. /help lists what else can be typed."""
     files = [_read_file(path, frames) for path in images or []]  # before torch: a wrong path fails at once
-    options.share_cores(waits_for_people=True)
-    from pumice.assistant import CHUNK_SHOWN
-    from pumice.engine.sampling import SamplingParams
-
-    SamplingParams(**sampling.given())  # raises before the model is loaded
     if sys.stdin.isatty():
         print(f"Opening {model} ...", flush=True)
-    Chat(opening.load(model, chunk=CHUNK_SHOWN), sampling.given(), files, frames).run()
+    given = sampling.given()
+    Chat(opening.load_to_ask(model, given, shown=True, waits_for_people=True), given, files, frames).run()
 
 
 class Chat:
@@ -194,11 +190,11 @@ class Chat:
             raise InputError(f"'{path}' exists already; name another file")
         row = self._row(path.stem)
         text = json.dumps([row], ensure_ascii=False, indent=1) + "\n"
-        try:
-            with replacing(path) as file:
-                file.write(text)
-        except OSError as error:
-            raise InputError(f"'{path}' cannot be written: {error.strerror}; name another file") from error
+        with (
+            wrong_input(OSError, f"'{path}' cannot be written: {CAUSE}; name another file"),
+            replacing(path) as file,
+        ):
+            file.write(text)
         print(f"Saved to {path}")
 
     def _row(self, row_id: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typer import Argument, Option
 from pumice.cli import options
 from pumice.cli.data_show import print_row
 from pumice.cli.source import SourceOptions
+from pumice.errors import InputError
 from pumice.jsonl import print_json
 from pumice.progress import ProgressBar
 
@@ -81,7 +82,6 @@ def check(
     from pumice.data.check import check as check_rows
     from pumice.data.fix import fix
     from pumice.data.rows import ImageFinder
-    from pumice.errors import InputError
     from pumice.files import replacing
 
     # 1. Take the sources and folders that are not given from the recipe.
@@ -184,7 +184,6 @@ def _print_report(report: DataReport) -> None:
 
 def _print_sample(rows: Rows, finder: ImageFinder, processor: Processor) -> None:
     """Print the first usable row as the model sees it."""
-    from pumice.errors import InputError
 
     for index in range(len(rows)):
         try:

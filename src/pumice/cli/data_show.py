@@ -11,6 +11,7 @@ from typer import Argument, Option
 
 from pumice.cli import options
 from pumice.cli.source import SourceOptions
+from pumice.errors import InputError
 from pumice.jsonl import print_json
 
 if TYPE_CHECKING:
@@ -66,7 +67,6 @@ def show(
 ) -> None:
     """Print rows as the model sees them: what it learns to write is green and in [+ +]."""
     from pumice.data.rows import ImageFinder
-    from pumice.errors import InputError
 
     # 1. The rows, where their pictures are, and how they become tokens: by the recipe, if there is one.
     sources = [] if source is None else [reading.open(source)]
@@ -185,7 +185,6 @@ def _write_page(
     rows: Rows, count: int, finder: ImageFinder, page: Path, box_maps: Callable[[Size], BoxMap]
 ) -> None:
     from pumice.data.preview import write_page
-    from pumice.errors import InputError
 
     def read(index: int) -> Row | InputError:
         try:
@@ -204,7 +203,6 @@ def _draw(row: Row, finder: ImageFinder, config: ModelConfig | None) -> None:
 
     from pumice.data.images import open_pictures
     from pumice.data.preview import blocks, row_boxes
-    from pumice.errors import InputError
 
     console = Console(highlight=False)
     opened, complete = [], True

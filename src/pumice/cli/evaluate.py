@@ -11,6 +11,7 @@ from typer import Argument, Option
 
 from pumice.cli import options
 from pumice.errors import InputError
+from pumice.files import replacing
 from pumice.jsonl import print_json
 from pumice.progress import LOG_SECONDS, ProgressBar
 
@@ -76,7 +77,6 @@ def evaluate(
     from pumice.evaluate.published import PUBLISHED
     from pumice.evaluate.run import check_images, run
     from pumice.evaluate.tasks import get_task
-    from pumice.files import replacing
 
     # 1. Check all options before a model is loaded.
     if show_list:
@@ -235,7 +235,6 @@ def _compare(
 ) -> None:
     from pumice.evaluate import compare
     from pumice.evaluate.result import read_answers
-    from pumice.files import replacing
 
     second = read_answers(asked, second_path, allow_missing=allow_missing)
     same_name = first_path.name == second_path.name

@@ -66,13 +66,11 @@ def explain(
     layer_numbers = _parse_layers(layers)
     opened = [open_image(name) for name in images]  # before torch is imported: a wrong path fails at once
     options.share_cores()
-    from pumice.engine.sampling import SamplingParams
     from pumice.explain.methods import DEFAULT, get_method
     from pumice.explain.render import strip
 
-    get_method(method or DEFAULT)  # raises before the model is loaded, as the next line does
-    SamplingParams(**sampling.given())
-    assistant = opening.load(model)
+    get_method(method or DEFAULT)  # raises before the model is loaded
+    assistant = opening.load_to_ask(model, sampling.given())
     explanation = assistant.explain(
         opened, question, answer, method=method or DEFAULT, layers=layer_numbers, occlusion=occlusion,
         **sampling.given(),

@@ -13,6 +13,7 @@ from typer import Argument, Option
 
 from pumice.cli.options import expand, given
 from pumice.errors import InputError, WorkError, install
+from pumice.files import replacing
 from pumice.jsonl import print_json
 from pumice.progress import ProgressBar
 from pumice.synth.settings import GenerateSettings, read_settings
@@ -43,7 +44,6 @@ def generate(
 ) -> None:
     """Have a teacher write instruction data about annotated pictures. Run it again to go on."""
     from pumice.data.rows import ImageFinder
-    from pumice.files import replacing
     from pumice.synth import report
     from pumice.synth import run as runs
     from pumice.synth.checks import CheckSettings

@@ -152,6 +152,20 @@ class Opening:
 
         return load(model, **self.arguments(), **sizes)
 
+    def load_to_ask(
+        self, model: str, sampling: dict[str, Any], *, shown: bool = False, waits_for_people: bool = False
+    ) -> Assistant:
+        """Open the model that is asked, once `sampling` is known to be right.
+
+        shown: people see how much of a prompt is read. waits_for_people: as in `share_cores`.
+        """
+        share_cores(waits_for_people=waits_for_people)
+        from pumice.assistant import CHUNK_SHOWN
+        from pumice.engine.sampling import SamplingParams
+
+        SamplingParams(**sampling)
+        return self.load(model, **({"chunk": CHUNK_SHOWN} if shown else {}))
+
 
 MODELS = "as the model says"
 

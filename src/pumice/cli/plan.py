@@ -46,7 +46,11 @@ def plan(
         given = [name for name, value in values.items() if value] + ["--processes"] * (processes > 1)
         if given:
             raise InputError(f"{given[0]} is for recipes; --ask times this machine: leave it out")
-        _plan_ask(ask, as_json)
+        from pumice.train.plan.asking import plan_ask
+
+        costs = plan_ask(ask)
+        lines = describe_ask(costs, shutil.get_terminal_size().columns)
+        _tell(costs, as_json, lines, any(cost.fits is not False for cost in costs.costs))
         return
     assert recipe is not None
     from pumice.train.plan.estimate import plan as make_plan
@@ -60,23 +64,16 @@ def plan(
         processes=processes,
         rows=rows,
     )
+    _tell(estimate, as_json, describe(estimate), estimate.fits is not False)
+
+
+def _tell(plan: Plan | AskPlan, as_json: bool, lines: list[str], fits: bool) -> None:
+    """Print a plan, and end with status 1 where it does not fit."""
     if as_json:
-        print_json(estimate.to_dict())
+        print_json(plan.to_dict())
     else:
-        print("\n".join(describe(estimate)))
-    if estimate.fits is False:
-        raise typer.Exit(1)
-
-
-def _plan_ask(model: str, as_json: bool) -> None:
-    from pumice.train.plan.asking import plan_ask
-
-    estimate = plan_ask(model)
-    if as_json:
-        print_json(estimate.to_dict())
-    else:
-        print("\n".join(describe_ask(estimate, shutil.get_terminal_size().columns)))
-    if all(cost.fits is False for cost in estimate.costs):
+        print("\n".join(lines))
+    if not fits:
         raise typer.Exit(1)
 
 

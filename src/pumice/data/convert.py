@@ -19,9 +19,10 @@ from pumice.data.pictures import Image
 from pumice.data.rows import ImageFinder, Row, Rows, to_llava
 from pumice.data.sources.columns import arrow
 from pumice.data.sources.tars import VIDEO_ENDINGS
-from pumice.errors import InputError
+from pumice.errors import InputError, check_known
 from pumice.files import replacing
 from pumice.images import read_image
+from pumice.jsonl import parse_json
 from pumice.video import is_video
 
 MANIFEST = "convert.json"
@@ -50,8 +51,7 @@ def convert(
     be used are left out. progress: called with the number of rows that are done. Raises InputError when there
     are more than `max_bad_rows` of these, or `out` holds anything else.
     """
-    if form not in WRITERS:
-        raise InputError(f"there is no form {form!r}; use one of {', '.join(WRITERS)}")
+    check_known(form, WRITERS, f"there is no form {form!r}")
     # 1. Refuse what cannot be done before anything is written.
     if form == "parquet":
         arrow()
@@ -106,7 +106,7 @@ def _claim(out: Path, manifest: dict[str, Any], rows: Rows) -> None:
     """Make the folder, or accept one in which the same conversion was interrupted."""
     known = out / MANIFEST
     if known.is_file():
-        if json.loads(known.read_text("utf-8")) != manifest:
+        if parse_json(known.read_bytes()) != manifest:
             raise InputError(
                 f"{out} holds another conversion, or '{rows.label}' has changed; name a new folder"
             )

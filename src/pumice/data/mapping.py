@@ -26,7 +26,7 @@ from pumice.data.pictures import (
 )
 from pumice.data.sources.json_text import kind
 from pumice.data.sources.source import Record
-from pumice.errors import InputError, RowError
+from pumice.errors import InputError, RowError, check_known
 from pumice.messages import read_messages
 
 Turns = list[tuple[str, str]]
@@ -86,8 +86,7 @@ class RowMapping:
 
     def __post_init__(self) -> None:
         for role in self.columns:
-            if role not in ROLES:
-                raise InputError(f"columns: there is no role {role!r}; use one of {', '.join(ROLES)}")
+            check_known(role, ROLES, f"columns: there is no role {role!r}")
 
     def read(self, record: Record, place: str, fallback_id: str, form: str = "JSON") -> Mapped:
         """Return the row of a record. place, form: of the record, for messages. Raises InputError."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pumice.engine.grammar_check import GrammarCheck, compile_grammar, refused
-from pumice.errors import InputError, install
+from pumice.errors import InputError, library
 from pumice.tokens import Tokenizer
 
 # No optional blanks: a small model could write them for ever.
@@ -141,8 +141,5 @@ class GrammarAnswer:
 @functools.lru_cache(1)
 def _compiled(tokenizer: Tokenizer, vocabulary: int, stops: tuple[int, ...]) -> Any:
     """Return the tokenizer in the library's form. It is kept: it takes a second and 30 MB."""
-    try:
-        from llguidance import LLTokenizer
-    except ImportError as error:
-        raise InputError(f"answers of a grammar need the package llguidance: {install('serve')}") from error
-    return LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocabulary, eos_token=list(stops))
+    guidance = library("llguidance", "answers of a grammar need the package llguidance", "serve")
+    return guidance.LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocabulary, eos_token=list(stops))

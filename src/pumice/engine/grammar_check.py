@@ -29,6 +29,7 @@ MEMORY = 2 << 30  # bytes of address space; Linux keeps to it
 # milliseconds.
 LEXER_STATES = 25_000
 
+_IMPOSSIBLE = "no answer satisfies it"
 _PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
 
 
@@ -98,10 +99,11 @@ def compile_grammar(grammar: str, tokenizer: Any) -> tuple[Any, str]:
     first = matcher.deep_copy()
     mask = b"" if first.is_error() else first.compute_bitmask()
     if first.is_error():
-        return None, first.get_error() or "it is too complex"
+        reason = first.get_error() or "it is too complex"
+        return None, _IMPOSSIBLE if reason.startswith("NoExtensionBias") else reason
     for end in tokenizer.eos_tokens:
         mask = mask[: end // 8] + bytes([mask[end // 8] & ~(1 << end % 8)]) + mask[end // 8 + 1 :]
-    return matcher, "" if any(mask) else "no answer satisfies it"
+    return matcher, "" if any(mask) else _IMPOSSIBLE
 
 
 if __name__ == "__main__":

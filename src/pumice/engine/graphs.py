@@ -42,7 +42,8 @@ def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may allocate meanwhile
+    # PyTorch's own stream for it stays on the first GPU that captures. Other threads may allocate meanwhile.
+    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
         out = run()
     return graph.replay, out
 

@@ -18,8 +18,9 @@ FREE_SHARE = 0.5
 # A block that was never used gets memory only while this much is free: activations need some, too.
 RESERVE = 256 * 2**20
 LEAST_TOKENS = 256  # of a GPU's cache: a short question and its answer
-# Prompt tokens of a step. A GPU needs more rows to be busy, and has no one waiting for a shorter step.
-CHUNK = {"cpu": 512, "cuda": 2048}
+# Prompt tokens of a step, which reads all weights. On a CPU, LLaVA-1.5's 576 image tokens and a question fit.
+# A GPU needs more rows to be busy, and has no one waiting for a shorter step.
+CHUNK = {"cpu": 640, "cuda": 2048}
 _STATUS = Path("/proc/self/status")
 _LOG = logging.getLogger("pumice")
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
-from pumice.errors import InputError, install, shorten
+from pumice.errors import InputError, library, shorten, wrong_input
 
 LARGEST_FILE = 1 << 30  # bytes of one file, unpacked; the largest official one has 0.8 GB
 EXPANSION = 20  # a parquet file that is larger may hold so many times its size
@@ -18,21 +18,19 @@ _ENCRYPTED = 1  # a bit of a member's flags
 _VALUE_BYTES = 8  # of a number in memory, however few bits it takes in the file
 
 
-def read_bounded(file: IO[bytes], label: str, remedy: str = "fetch it again") -> bytes:
+def read_bounded(file: IO[bytes], label: str) -> bytes:
     """Return what is left of a file. Raises InputError where that is more than LARGEST_FILE."""
     data = bytearray()
     # In small pieces: `zipfile` unpacks as much as it is asked for, whatever size the member claims.
     while block := file.read(1 << 20):
         data += block
         if len(data) > LARGEST_FILE:
-            raise InputError(f"'{label}' has more than {LARGEST_FILE >> 20} MB; {remedy}")
+            raise InputError(f"'{label}' has more than {LARGEST_FILE >> 20} MB; fetch it again")
     return bytes(data)
 
 
 @lru_cache(maxsize=8)
 def _archive(path: Path) -> zipfile.ZipFile:
-    if not path.is_file():
-        raise InputError(f"'{path}' is no regular file; fetch the zip again")
     try:
         return zipfile.ZipFile(path)
     except Exception as error:  # a damaged directory makes the library raise errors of many kinds
@@ -51,10 +49,8 @@ def read_member(path: Path, member: str) -> bytes:
     another method than deflation.
     """
     label, archive = f"{path}/{member}", _archive(path)
-    try:
+    with wrong_input(KeyError, f"'{path}' has no file {shorten(member)}; fetch the zip again"):
         info = archive.getinfo(member)
-    except KeyError as error:
-        raise InputError(f"'{path}' has no file {shorten(member)}; fetch the zip again") from error
     if info.file_size > LARGEST_FILE:
         raise InputError(
             f"'{label}' has {info.file_size >> 20} MB, more than {LARGEST_FILE >> 20}; unpack the right file"
@@ -81,10 +77,9 @@ def read_table(path: Path) -> Iterator[dict[str, Any]]:
     Raises InputError without pyarrow, where the file is damaged, and where its rows take more memory than
     LARGEST_FILE, or EXPANSION times its size if that is more.
     """
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise InputError(f"parquet files need pyarrow: {install('eval')}") from error
+    parquet = library("pyarrow.parquet", "parquet files need pyarrow", "eval")
+    from pyarrow import ArrowException
+
     if not path.is_file():
         raise InputError(f"'{path}' is no regular file; fetch it again")
     limit = max(LARGEST_FILE, EXPANSION * path.stat().st_size)

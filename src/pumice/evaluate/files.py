@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from pumice.conversation import Video
-from pumice.errors import InputError
+from pumice.errors import CAUSE, InputError, wrong_input
 from pumice.evaluate.archives import members, read_bounded, read_member, read_table
 from pumice.files import replacing
+from pumice.jsonl import parse_json
 
 DEPTH = 4  # levels of folders below --data that are searched
 
@@ -65,18 +66,16 @@ class DataFile:
         """Return the whole file. Raises InputError where it cannot be read or is too large."""
         if self.member:
             return read_member(self.path, self.member)
-        try:
-            with self.path.open("rb") as file:
-                return read_bounded(file, str(self))
-        except OSError as error:
-            raise InputError(f"'{self}' cannot be read: {error.strerror or error}; check the file") from error
+        with (
+            wrong_input(OSError, f"'{self}' cannot be read: {CAUSE}; check the file"),
+            self.path.open("rb") as file,
+        ):
+            return read_bounded(file, str(self))
 
     def text(self) -> str:
         """Return the whole file. Raises InputError unless it is UTF-8 (a byte order mark is dropped)."""
-        try:
+        with wrong_input(UnicodeDecodeError, f"'{self}' is not UTF-8 text; fetch it again"):
             return self.read().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise InputError(f"'{self}' is not UTF-8 text; fetch it again") from error
 
 
 def locate(data: Path, names: Sequence[str], layout: str = "") -> DataFile:
@@ -106,7 +105,7 @@ def search(data: Path, names: Sequence[str]) -> DataFile | None:
     for name in names:
         if (data / name).is_file():
             return DataFile(data / name)
-    paths = _paths_below(data)
+    paths = _listing(data.resolve(), data.stat().st_mtime_ns)
     for name in names:
         ending = "/" + name
         matches = [path for path in paths if ("/" + path).endswith(ending) and (data / path).is_file()]
@@ -146,10 +145,6 @@ def _listing(data: Path, modified_ns: int) -> tuple[str, ...]:
         prefix = "" if relative == "." else Path(relative).as_posix() + "/"
         paths += [prefix + name for name in files if not name.lower().endswith((".jpg", ".jpeg", ".png"))]
     return tuple(sorted(paths))
-
-
-def _paths_below(data: Path) -> tuple[str, ...]:
-    return _listing(data.resolve(), data.stat().st_mtime_ns)
 
 
 class ImageFolders:
@@ -241,11 +236,7 @@ def read_lines(file: DataFile) -> tuple[list[dict[str, Any]], list[int]]:
     for number, line in enumerate(file.text().split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict):
+        if isinstance(row := parse_json(line), dict):
             rows.append(row)
         else:
             broken.append(number)
@@ -277,7 +268,7 @@ def read_tsv(file: DataFile, texts: Collection[str] = ()) -> Iterator[dict[str, 
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     rows = csv.reader(io.StringIO(file.text(), newline=""), delimiter="\t")
-    try:
+    with wrong_input(csv.Error, f"'{file}' is damaged ({CAUSE}); fetch it again"):
         header = next(rows, None)
         if not header:
             raise InputError(f"'{file}' is empty; fetch it again")
@@ -293,8 +284,6 @@ def read_tsv(file: DataFile, texts: Collection[str] = ()) -> Iterator[dict[str, 
                 column: None if cell == "" or (cell in _NO_VALUE and column not in texts) else cell
                 for column, cell in zip(header, row, strict=True)
             }
-    except csv.Error as error:
-        raise InputError(f"'{file}' is damaged ({error}); fetch it again") from error
 
 
 def options(row: Mapping[str, Any]) -> dict[str, str]:

@@ -26,6 +26,7 @@ from pumice.evaluate.task import Answered, Question, Score, Task, mean_statistic
 
 LEVEL = 0.95
 FORMAT = 1  # of the result
+ROWS = 40  # of a table in the terminal
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,10 @@ def read_questions(
         truth = question.meta.get("answers", question.meta.get("answer"))
         digest.update(json.dumps([question.id, question.prompt, truth]).encode())
         if limit is None or len(selected) < limit:
-            # Images inside tables would otherwise all stay in memory.
-            selected.append(question if keep_images else replace(question, images=_names_only(question)))
+            if not keep_images:  # those inside tables would otherwise all stay in memory
+                names = tuple(ImageFile(image.name, _not_kept) for image in question.images)
+                question = replace(question, images=names)
+            selected.append(question)
     if duplicate_ids:
         raise InputError(
             f"{len(duplicate_ids)} questions of {task.name} have an id that came before, "
@@ -99,10 +102,6 @@ def _check_texts(question: Question) -> None:
     texts += [] if category is None or isinstance(category, int) else [category]
     if not_texts := [text for text in texts if not isinstance(text, str)]:
         raise TypeError(f"{not_texts[0]!r} stands where a text should")
-
-
-def _names_only(question: Question) -> tuple[ImageFile, ...]:
-    return tuple(ImageFile(image.name, _not_kept) for image in question.images)
 
 
 def _not_kept() -> bytes:
@@ -230,15 +229,15 @@ def read_result(path: Path) -> dict[str, Any]:
     """Read a result that `pumice eval --json` wrote. Raises InputError where the file holds none."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"the result '{path}' cannot be read ({error}); write it with --json") from error
     if not isinstance(result, dict) or result.get("format") != FORMAT or "headline" not in result:
         raise InputError(f"'{path}' is not a result of pumice eval, format {FORMAT}; write it with --json")
     return result
 
 
-def format_result(result: Mapping[str, Any], rows: int = 40) -> str:
-    """Return a result as text for the terminal, with at most `rows` lines of each table."""
+def format_result(result: Mapping[str, Any]) -> str:
+    """Return a result as text for the terminal, with at most ROWS lines of each table."""
     head = result["headline"]
     percent = "%" if head["unit"] == "%" else ""
     interval = head["interval"]
@@ -249,18 +248,18 @@ def format_result(result: Mapping[str, Any], rows: int = 40) -> str:
         line += f"  [{interval[0]:.2f}, {interval[1]:.2f}]"
     lines = [line + label]
     metrics = {
-        n: v for n, v in islice(result["metrics"].items(), rows) if n != head["name"] and v is not None
+        n: v for n, v in islice(result["metrics"].items(), ROWS) if n != head["name"] and v is not None
     }
     width = max(map(len, metrics), default=0)
     lines += [f"  {name:<{width}} {value:10.2f}" for name, value in metrics.items()]
     for title, cells in result["categories"].items():
         lines.append(f"  by {title}")
-        shown = dict(islice(cells.items(), rows))
+        shown = dict(islice(cells.items(), ROWS))
         width = max(map(len, shown), default=0)
         for name, cell in shown.items():
             lines.append(f"    {name:<{width}} {cell['value']:10.2f}  {cell['questions']} questions")
-        if len(cells) > rows:
-            lines.append(f"    ... {len(cells) - rows} more with --json")
+        if len(cells) > ROWS:
+            lines.append(f"    ... {len(cells) - ROWS} more with --json")
     for model, number in result["published"].items():
         lines.append(f"  published {model:<18} {number:10.2f}")
     if result["drift"].get("drifted"):

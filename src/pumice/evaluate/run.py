@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pumice.chat_client import ChatEndpoint, ask_in_order, with_images
-from pumice.errors import InputError
+from pumice.errors import CAUSE, InputError, wrong_input
 from pumice.evaluate.task import Question, Task
 from pumice.files import replacing, whole_lines
 from pumice.jsonl import ResumableFile, read_values
@@ -131,10 +131,8 @@ def shard(questions: Sequence[Question], rank: int, world: int) -> list[Question
 
 def rank_and_world() -> tuple[int, int]:
     """Return this process's rank and the number of processes, from torchrun's RANK and WORLD_SIZE."""
-    try:
+    with wrong_input(ValueError, f"RANK or WORLD_SIZE is no number ({CAUSE}); start with torchrun"):
         return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    except ValueError as error:
-        raise InputError(f"RANK or WORLD_SIZE is no number ({error}); start with torchrun") from error
 
 
 def check_images(questions: Sequence[Question], *, allow_missing: bool) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pumice.errors import InputError
+from pumice.errors import InputError, check_known
 from pumice.explain.attention import AttentionRecord
 
 # Relative depth of the layers whose heat lies most on the named thing. Chosen on 45 composites that are not
@@ -85,8 +85,7 @@ DEFAULT = "gradient-best-layers"
 
 def get_method(name: str) -> Method:
     """Return the method of this name. Raises InputError if there is none."""
-    if name not in METHODS:
-        raise InputError(f"unknown method {name!r}; use one of {', '.join(METHODS)}")
+    check_known(name, METHODS, f"unknown method {name!r}")
     return METHODS[name]
 
 

@@ -31,7 +31,7 @@ def strip(explanation: Explanation) -> Image.Image:
     wide = sum(width for width, _ in sizes) + 2 * (len(sizes) - 1)
     tall = max(height for _, height in sizes)
     label = _font(max(12, side // 11))
-    line = _height(label) + 6
+    line = math.ceil(label.getbbox("Ágy")[3]) + 6
     across = max(1, (WIDEST - 2 * MARGIN + GAP) // (wide + GAP))
     panels = 1 + len(drawn_words)
     across = min(across, panels)
@@ -105,10 +105,6 @@ def _sizes(pictures: tuple[PictureMap, ...], side: int) -> list[tuple[int, int]]
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
-
-
-def _height(font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
-    return math.ceil(font.getbbox("Ágy")[3])
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

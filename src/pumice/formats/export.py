@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pumice.config import GenerationConfig, ModelConfig
-from pumice.errors import InputError
+from pumice.errors import InputError, check_known
 from pumice.formats.gguf import ollama
 from pumice.formats.gguf import write as gguf_write
 from pumice.formats.hf import refusal as hf_refusal
@@ -87,8 +87,7 @@ def export(
     # 1. Refuse before anything is written.
     if to not in REFUSALS:
         raise InputError(f"there is no format {to!r} to export to; use one of {', '.join(FORMATS)}")
-    if dtype not in DTYPES:
-        raise InputError(f"there is no type {dtype!r} to store; use one of {', '.join(DTYPES)}")
+    check_known(dtype, DTYPES, f"there is no type {dtype!r} to store")
     in_gguf = to in ("gguf", "ollama")
     if in_gguf and dtype != "keep":
         raise InputError(f"dtype is not for {to}; give the type of its matrices with --type instead")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pumice import __version__
-from pumice.errors import InputError
+from pumice.errors import InputError, check_known
 from pumice.formats.load import new_parts, shapes
 from pumice.formats.pumice.folder import CONFIG, check, save
 from pumice.formats.pumice.quantized import as_bytes, rounded
@@ -75,8 +75,7 @@ def import_model(
     nothing. Raises InputError, and WorkError if the disk is full; nothing is left behind then.
     """
     # 1. Look at the target first: reading may download gigabytes.
-    if dtype not in DTYPES:
-        raise InputError(f"there is no type {dtype!r}; use one of {', '.join(DTYPES)}")
+    check_known(dtype, DTYPES, f"there is no type {dtype!r}")
     path, target = find_model(source), Path(target)
     _check_target(path, target)
     # 2. Read the parts. The tensors stay in their files.

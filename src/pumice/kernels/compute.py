@@ -88,10 +88,10 @@ def can_multiply(x: Tensor) -> bool:
 def linear(x: Tensor, packed: PackedMatrix, bias: Tensor | None = None) -> Tensor:
     """Return x (..., K) times the matrix plus the bias (N,): (..., N), in the type of x.
 
-    On a CPU the product is one of integers: activations are rounded to 8 bits, with a scale for each 32. A
-    row of the result depends only on that row of x. On other devices, and if x needs a gradient, the weights
-    are restored first. x may lack less than a group of the matrix's inputs: they are zeros. Raise WorkError
-    if C cannot allocate its buffers.
+    On a CPU the product is one of integers: activations are rounded to 8 bits, with a scale for each 32
+    (beside Q4_K: for each 256). A row of the result depends only on that row of x. On other devices, and if x
+    needs a gradient, the weights are restored first. x may lack less than a group of the matrix's inputs:
+    they are zeros. Raise WorkError if C cannot allocate its buffers.
     """
     _check_width(x.shape[-1], packed)
     if not can_multiply(x):
@@ -120,9 +120,11 @@ def mlp(
 ) -> Tensor:
     """Return down(activation(up(x))), as two calls of `linear` do, where `can_multiply`.
 
-    What is between the products stays in the processor's cache. activation: "quick_gelu", "gelu" or
-    "gelu_tanh". Raise WorkError if C cannot allocate its buffers.
+    What is between the products stays in the processor's cache. down: not in Q4_K. activation: "quick_gelu",
+    "gelu" or "gelu_tanh". Raise WorkError if C cannot allocate its buffers.
     """
+    if down.kind is BlockFormat.Q4_K:  # whose activations share scales beyond the outputs at hand
+        raise ValueError("the second matrix of an MLP cannot be in Q4_K")
     _check_width(x.shape[-1], up)
     _check_width(up.outputs, down)
     code = library()

@@ -58,7 +58,7 @@ int pumice_linear(const Packed *w, int64_t rows, int64_t width, const float *x, 
     const int64_t row_bytes = width == w->inputs ? 0 : w->inputs * (int64_t)sizeof(float);
     char *memory = malloc(activation_bytes(rows, w->inputs) + threads * row_bytes);
     if (!memory) return 1;
-    const Activations numbers = activations_in(memory, rows, w->inputs);
+    const Activations numbers = activations_in(memory, rows, w->inputs, share_of(w));
     const int64_t tiles = tiles_of(w);
 #pragma omp parallel num_threads(threads)
     {
@@ -83,7 +83,7 @@ static Packed strip_of(const Packed *w, int64_t first) {
 }
 
 /* y (rows, outputs of `down`) = down(activation(up(x))), for x (rows, width). The inputs of `down` are the outputs of `up`,
- * and zeros that pad their last group. width, the result: as of `pumice_linear`. */
+ * and zeros that pad their last group; it is not in Q4_K. width, the result: as of `pumice_linear`. */
 int pumice_mlp(const Packed *up, const Packed *down, int64_t rows, int64_t width, const float *x, int activation, float *y,
                int threads) {
     const int64_t parts = ((rows + MOST_ROWS - 1) / MOST_ROWS + threads - 1) / threads * threads; /* as many for each */
@@ -97,8 +97,9 @@ int pumice_mlp(const Packed *up, const Packed *down, int64_t rows, int64_t width
     for (int64_t first = 0; first < rows; first += most) {
         const int64_t count = rows - first < most ? rows - first : most;
         float *strip = (float *)(memory + omp_get_thread_num() * each), *row = strip + most * STRIP;
-        const Activations input = activations_in(row + STRIP + up->inputs, count, up->inputs);
-        const Activations between = activations_in((char *)(row + STRIP + up->inputs) + up_bytes, count, down->inputs);
+        const Activations input = activations_in(row + STRIP + up->inputs, count, up->inputs, share_of(up));
+        const Activations between =
+            activations_in((char *)(row + STRIP + up->inputs) + up_bytes, count, down->inputs, 1);
         for (int64_t r = 0; r < count; r++)
             quantize_padded(x + (first + r) * width, width, up->inputs, r, &input, row + STRIP);
         for (int64_t column = 0; column < up->outputs; column += STRIP) {

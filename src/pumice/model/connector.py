@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pumice.capability import Capability, fields
 from pumice.config import ConnectorConfig, ModelConfig
-from pumice.errors import InputError
+from pumice.errors import InputError, check_known
 from pumice.geometry import Layout
 from pumice.model.trial import try_shapes
 
@@ -58,8 +58,7 @@ REDUCE = {
 
 
 def _reduction(name: str) -> Reduction:
-    if name not in REDUCE:
-        raise InputError(f"unknown reduction {name!r}; use one of {', '.join(REDUCE)}")
+    check_known(name, REDUCE, f"unknown reduction {name!r}")
     return REDUCE[name]
 
 
@@ -128,8 +127,7 @@ class Connector(nn.Module):
     def __init__(self, config: ConnectorConfig, in_width: int, width: int) -> None:
         super().__init__()
         CAPABILITY.check(config)
-        if config.kind not in KINDS:
-            raise InputError(f"unknown connector {config.kind!r}; use one of {', '.join(KINDS)}")
+        check_known(config.kind, KINDS, f"unknown connector {config.kind!r}")
         self.config = config
         self.reduce = _reduction(config.reduce)
         # Every kind takes two widths; `bias` is asked only where it is set.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pumice.config import VisionConfig
-from pumice.errors import InputError
+from pumice.errors import InputError, check_known
 
 # width and depth multipliers of the published variants
 VARIANTS = {
@@ -104,10 +104,7 @@ class EfficientNetLite(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        if config.variant not in VARIANTS:
-            raise InputError(
-                f"unknown EfficientNet-Lite {config.variant!r}; use one of {', '.join(VARIANTS)}"
-            )
+        check_known(config.variant, VARIANTS, f"unknown EfficientNet-Lite {config.variant!r}")
         fine = config.also_stride
         whole = HEAD + (fine_channels(config.variant, fine) * (32 // fine) ** 2 if fine else 0)
         if (config.width, config.stride) != (whole, 32):

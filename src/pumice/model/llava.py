@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pumice.capability import Capability, fields
 from pumice.config import IMAGE_TOKEN, ModelConfig, VisionConfig
-from pumice.errors import InputError
+from pumice.errors import check_known
 from pumice.geometry import Layout
 from pumice.model.adapters import add_lora
 from pumice.model.connector import Connector, arrange, average, check_image_tokens
@@ -44,8 +44,7 @@ _BUILT_IN = dict(TOWERS)  # known to give config.features of config.width
 
 def make_tower(config: VisionConfig) -> nn.Module:
     """Build the vision tower. Raise InputError on an unknown kind, or a field that this kind lacks."""
-    if config.kind not in TOWERS:
-        raise InputError(f"unknown vision tower {config.kind!r}; use one of {', '.join(TOWERS)}")
+    check_known(config.kind, TOWERS, f"unknown vision tower {config.kind!r}")
     implemented, module = TOWERS[config.kind]
     Capability(f"a tower of kind {config.kind}", {VisionConfig: fields(implemented)}).check(config)
     return module(config)
@@ -110,15 +109,18 @@ class Llava(nn.Module):
         """Turn pixels (P, 3, S, S) into image tokens, shaped as in `connect`."""
         return self.connect(self.features(pixels), layouts)
 
+    def for_connector(self, features: Tensor) -> Tensor:
+        """Return features in the connector's dtype. The tower may have another, or they come from the CPU."""
+        weight = next(self.connector.parameters(), None)
+        return features if weight is None else features.to(weight.device, weight.dtype)
+
     def connect(self, features: Tensor, layouts: Sequence[Layout] = ()) -> Tensor:
         """Turn the tower's features (P, F, C) into image tokens (P, N, D), or (total, D) with anyres.
 
         layouts: of the images, in order; only anyres needs them. Raise ValueError if their number of tiles is
         not P.
         """
-        # The tower may have another dtype, or its features may come from the CPU.
-        weight = next(self.connector.parameters(), None)
-        features = features if weight is None else features.to(weight.device, weight.dtype)
+        features = self.for_connector(features)
         if self.config.image.mode != "anyres":
             return self.connector(features)
         tiles = [layout.tiles for layout in layouts]

@@ -74,13 +74,6 @@ class QuantizedLinear(nn.Module):
             self.lora_scale, self.dropout = layer.scale, layer.dropout
         self.train(layer.training)
 
-    def dequantized(self) -> Tensor:
-        """Return the weights (out, in) that the layer computes with, in fp32."""
-        if self.kind == "int8":
-            return self.packed.float() * self.scale[:, None]
-        weight: Tensor = _bitsandbytes().dequantize_4bit(self.packed, self._nf4)
-        return weight.float()
-
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         super()._apply(fn, recurse)
         # bitsandbytes keeps its scales outside the module: move them, too.

@@ -23,6 +23,7 @@ from pumice.kernels.attention import attend_tiles
 from pumice.kernels.compute import can_multiply, mlp
 from pumice.model.layers import edited, gelu_tanh, sdpa
 from pumice.model.quantized import PackedLinear
+from pumice.model.transfer import numbers_on
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -154,7 +155,9 @@ class ViT(nn.Module):
         x = self.patch(pixels).flatten(2).transpose(1, 2)  # (B, G*G, C)
         if self.has_class_token:
             x = torch.cat((self.class_token.expand(len(x), 1, -1), x), 1)
-        positions = self.positions if self.position_ids is None else self.positions[self.position_ids]
+        positions: Tensor = self.positions
+        if self.position_ids is not None:
+            positions = positions.index_select(0, numbers_on(positions.device, self.position_ids))
         # CLIP normalizes before the first block; for SigLIP this is the identity.
         x = self.pre_norm(x + positions)
         for block in self.blocks[: self.running]:

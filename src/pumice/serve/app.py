@@ -20,7 +20,7 @@ from pumice import __version__
 from pumice.assistant import most_pictures
 from pumice.serve.answers import ModelResponse
 from pumice.serve.backend import Backend
-from pumice.serve.errors import ApiError, unknown_model
+from pumice.serve.errors import ApiError, cut, unknown_model
 from pumice.serve.guard import Gate, Guard, too_large
 from pumice.serve.metrics import CONTENT_TYPE
 from pumice.serve.observe import Observe, RequestRecord, request_record
@@ -164,14 +164,14 @@ async def _api_error(request: Request, error: ApiError) -> Response:
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    path = request.url.path
+    path = cut(request.url.path)
     instead = ELSEWHERE.get(path.rstrip("/"))
     if error.status_code == 405:
-        message = f"{path[:100]} does not accept {request.method}; /openapi.json lists the methods"
+        message = f"{path} does not accept {request.method}; /openapi.json lists the methods"
     elif error.status_code == 404 and instead:
-        message = f"there is nothing at {path[:100]}; ask at {instead}"
+        message = f"there is nothing at {path}; ask at {instead}"
     elif error.status_code == 404:
-        message = f"there is nothing at {path[:100]!r}; /openapi.json lists what is there"
+        message = f"there is nothing at {path!r}; /openapi.json lists what is there"
     else:
         message = error.detail
     return await _api_error(request, ApiError(error.status_code, message, headers=error.headers))

@@ -71,9 +71,15 @@ class LimitedProtocol(_base):
         self._stop_timer()
         super().connection_lost(exc)
 
+    @property
+    def is_sending(self) -> bool:
+        """Whether an answer, or a part of one, is still to be sent."""
+        answers = self.cycle is not None and not self.cycle.response_complete
+        return answers or self.transport.get_write_buffer_size() > 0
+
     def cut_off(self) -> None:
         """Drop the connection if an answer is still being sent: its client does not read."""
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self.is_sending:
             self.transport.abort()
 
     # What httptools calls.

@@ -71,7 +71,7 @@ class ApiError(Exception):
     ) -> None:
         self.status = status
         self.message = cut(message, LONGEST_MESSAGE)
-        self.param = None if param is None else cut(param)
+        self.param = param
         super().__init__(self.message)
         self.code = "invalid_value" if code is None and status == 400 else code
         self.headers = dict(headers or {})
@@ -129,7 +129,7 @@ def validation_error(error: ValidationError, known: Collection[str] = ()) -> Api
     """
     problem = error.errors(include_url=False)[0]
     # Steps that begin with ~ are the tags of unions in `protocol`, not fields.
-    path = [cut(str(step)) for step in problem["loc"] if not str(step).startswith("~")]
+    path = [str(step) for step in problem["loc"] if not str(step).startswith("~")]
     code, message = problem["type"], problem["msg"]
     content = f"text, or a list of parts whose type is {PARTS.get(error.title, TEXT_OR_IMAGE)}"
     if error.title == "OllamaChatRequest":
@@ -166,7 +166,7 @@ def validation_error(error: ValidationError, known: Collection[str] = ()) -> Api
 
 
 def not_json(error: ValueError) -> ApiError:
-    return invalid(None, f"the body is not JSON in UTF-8: {cut(str(error))}", "json_invalid")
+    return invalid(None, f"the body is not JSON in UTF-8: {error}", "json_invalid")
 
 
 def context_overflow(error: ContextOverflow, param: str) -> ApiError:

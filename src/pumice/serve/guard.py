@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
-import ipaddress
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from pumice.errors import shorten
 from pumice.serve.errors import ApiError, busy, invalid, is_stopping
 from pumice.serve.observe import request_record
 from pumice.serve.openapi import OPERATIONS
-from pumice.serve.settings import ServerSettings
+from pumice.serve.settings import ServerSettings, is_loopback
 from pumice.serve.work import BODY_COPIES, REQUEST_MEMORY, Account, Memory
 
 ANSWER_PATHS = frozenset(operation.path for operation in OPERATIONS if operation.request is not None)
@@ -148,7 +147,7 @@ class Guard:
         if self._hosts is None:
             return
         host = _host_name(headers.get("host", ""))
-        if host in self._hosts or _is_loopback(host):
+        if host in self._hosts or is_loopback(host):
             return
         raise ApiError(
             421,
@@ -218,10 +217,3 @@ def _host_name(host: str) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.rpartition(":")[0].lower() if ":" in host else host.lower()
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

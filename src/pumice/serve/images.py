@@ -22,6 +22,9 @@ from pumice.stopping import check_stopped
 from pumice.video import read_frames
 
 _TIFF = (b"II", b"MM")  # how such a file begins
+# What is sent, its type, and the code of the error where its address is wrong.
+_PICTURE = ("picture", "image/jpeg", "invalid_image_url")
+_VIDEO = ("video", "video/mp4", "invalid_video_url")
 
 
 @dataclass(frozen=True)
@@ -99,17 +102,11 @@ async def _fetch(
     scheme = url[:8].lower()
     if scheme.startswith("data:"):
         return None
-    if isinstance(image, VideoUrl):
+    is_video = isinstance(image, VideoUrl)
+    if is_video or not scheme.startswith(("http://", "https://")):
+        what, form, code = _VIDEO if is_video else _PICTURE
         raise invalid(
-            param,
-            f"'{param}' begins with {url[:12]!r}; give a video as data:video/mp4;base64,...",
-            "invalid_video_url",
-        )
-    if not scheme.startswith(("http://", "https://")):
-        raise invalid(
-            param,
-            f"'{param}' begins with {url[:12]!r}; give a picture as data:image/jpeg;base64,...",
-            "invalid_image_url",
+            param, f"'{param}' begins with {url[:12]!r}; give a {what} as data:{form};base64,...", code
         )
     if fetcher is None:
         raise invalid(
@@ -154,5 +151,5 @@ def _decode(param: str, image: ImageUrl | VideoUrl) -> bytes:
     try:
         return decode_data_url(image.url)
     except InputError as error:
-        code = "invalid_video_url" if isinstance(image, VideoUrl) else "invalid_image_url"
+        *_, code = _VIDEO if isinstance(image, VideoUrl) else _PICTURE
         raise invalid(param, f"'{param}': {error}", code) from error

@@ -22,6 +22,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, from_json
 
+from pumice.jsonl import parse_json
+
 T = TypeVar("T", bound="RequestModel")
 Item = TypeVar("Item")
 
@@ -238,11 +240,7 @@ class ChatMessage(MessageModel):
 
 def _check_arguments(arguments: str) -> str:
     """Return the arguments of a call as JSON; "" is no arguments."""
-    try:
-        values = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
+    if not isinstance(parse_json(arguments or "{}"), dict):
         raise ValueError("Input should be a JSON object, written as text")
     return arguments or "{}"
 

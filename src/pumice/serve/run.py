@@ -9,6 +9,7 @@ import math
 import os
 import select
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -30,11 +31,12 @@ if TYPE_CHECKING:
     from pumice.assistant import Assistant
 
 KEEP_ALIVE = 75  # seconds that an idle connection stays open
+UNREAD_SECONDS = 60  # that a connection stays open whose client takes nothing of its answers
 # After the time of the drain. The sum is less than the 5 s in which the process has to end.
 SEND_SECONDS = 1.5  # for clients to take the error that ends their request
 ACCEPT_SECONDS = 0.3  # for clients that connect now
 BACKLOG_SECONDS = 0.5  # for connections that the system has made and the server has not seen yet
-ARRIVE_SECONDS = 1.0  # for the first requests of new connections
+ARRIVE_SECONDS = 1.0  # for the first requests of new connections, and for clients to read the last answers
 EXIT_SECONDS = 4.5  # then the process ends, whatever runs
 
 
@@ -62,7 +64,7 @@ def make_server(assistant: Assistant, names: tuple[str, ...], settings: ServerSe
 def config(app: Starlette, settings: ServerSettings) -> Config:
     return Config(
         app,
-        http=_limited_protocol(settings.body_timeout),
+        http=type("Protocol", (LimitedProtocol,), {"seconds": settings.body_timeout}),
         ws="none",
         log_config=None,
         access_log=False,
@@ -95,7 +97,7 @@ class Server(uvicorn.Server):
         await self._wait(lambda: self._gate.in_flight == 0, SEND_SECONDS)
         await self._wait(lambda: False, begun + ACCEPT_SECONDS - time.monotonic())
         await self._stop_listening(sockets or [])
-        await self._wait(lambda: not self._expects_requests(), ARRIVE_SECONDS)
+        await self._wait(lambda: not self._is_awaited(), ARRIVE_SECONDS)
         # 2. Cut off clients that do not read what is sent.
         for connection in list(self.server_state.connections):
             if isinstance(connection, LimitedProtocol):
@@ -108,7 +110,7 @@ class Server(uvicorn.Server):
         """Close the listeners, once nobody waits there: the system would reset who is not accepted."""
         for listener in listeners:
             with contextlib.suppress(OSError):
-                listener.listen(0)  # the system lets hardly anybody else wait
+                listener.listen(0)  # from now on the system queues hardly any connection
 
         def nobody_waits() -> bool:
             return not any(select.select([listener], [], [], 0)[0] for listener in listeners)
@@ -117,10 +119,12 @@ class Server(uvicorn.Server):
         for server in self.servers:
             server.close()
 
-    def _expects_requests(self) -> bool:
-        """Return whether a connection was made that has not brought its first request."""
-        connections = self.server_state.connections
-        return any(isinstance(one, LimitedProtocol) and one.cycle is None for one in connections)
+    def _is_awaited(self) -> bool:
+        """Return whether a connection has not brought its first request, or an answer is being sent."""
+        return any(
+            isinstance(one, LimitedProtocol) and (one.cycle is None or one.is_sending)
+            for one in self.server_state.connections
+        )
 
     @staticmethod
     async def _wait(until: Callable[[], bool], seconds: float) -> None:
@@ -153,11 +157,6 @@ class Server(uvicorn.Server):
         os._exit(0)
 
 
-def _limited_protocol(seconds: float) -> type[asyncio.Protocol]:
-    """Return uvicorn's HTTP protocol with limits on the time and the size of what a connection sends."""
-    return type("Protocol", (LimitedProtocol,), {"seconds": seconds})
-
-
 def bind(settings: ServerSettings) -> socket.socket:
     """Return a socket bound to the host and port. Raises InputError when that is not possible."""
     try:
@@ -173,6 +172,8 @@ def bind(settings: ServerSettings) -> socket.socket:
     try:
         if os.name == "posix":
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if sys.platform == "linux":  # each connection takes it over
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_SECONDS)
         listener.bind(address)
     except OSError as error:
         listener.close()

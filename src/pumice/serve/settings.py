@@ -35,7 +35,7 @@ class ServerSettings:
     ] = None
     chunk: Annotated[
         int | None,
-        Option(min=1, help="Tokens of prompts in one step; 512, on CUDA 2048."),
+        Option(min=1, help="Tokens of prompts in one step; 640, on CUDA 2048."),
     ] = None
     api_key: Annotated[
         tuple[str, ...],
@@ -75,19 +75,12 @@ class ServerSettings:
         """Return the settings. Raises InputError for the first wrong value."""
         if not 0 <= self.port < 65536:
             raise InputError(f"the port is {self.port}; give 1 to 65535, or 0 for a free one")
-        limits: dict[str, float] = {"max_body": self.body_bytes}
-        if self.max_tokens is not None:
-            limits["max_tokens"] = self.max_tokens
-        for name in (
-            "max_images", "max_pixels", "default_tokens", "max_connections",
-            "timeout", "body_timeout", "drain_timeout", "image_timeout",
-        ):  # fmt: skip
-            limits[name] = getattr(self, name)
-        for name, value in limits.items():
-            if not (math.isfinite(value) and value > 0):
+        limits = ("max_body", "max_tokens", "max_images", "max_pixels", "default_tokens", "max_connections",
+                  "timeout", "body_timeout", "drain_timeout", "image_timeout")  # fmt: skip
+        for name in limits:
+            value = self.body_bytes if name == "max_body" else getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
                 raise InputError(f"{name} is {value}; give more than 0")
-        if self.queue < 0:
-            raise InputError(f"queue is {self.queue}; give 0 or more")
         for key in self.api_key:
             if len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key:
                 raise InputError(
@@ -114,9 +107,12 @@ class ServerSettings:
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach the server."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return self.host == "localhost" or is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host is an address of this machine alone; a name is none."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

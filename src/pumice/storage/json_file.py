@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pumice.errors import InputError, finite, shorten
+from pumice.errors import CAUSE, InputError, finite, shorten, wrong_input
 
 _T = TypeVar("_T")
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "an object"}
@@ -16,10 +16,8 @@ _REQUIRED: Any = object()  # instead of a default: the key must be there
 
 def read_text(path: Path, lacking: str = "the folder is not whole") -> str:
     """Read a text file. lacking: for the error message, what it means that the file is missing."""
-    try:
+    with wrong_input(UnicodeDecodeError, f"{path} cannot be read: {CAUSE}"):
         return read_bytes(path, lacking).decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
 
 
 def read_bytes(path: Path, lacking: str = "the folder is not whole") -> bytes:

@@ -53,8 +53,8 @@ class LazyTensor:
     """A tensor that is read only when it is needed.
 
     loader: reads it in the type that it is given. origin: key and file, for messages. blocks: only of a
-    matrix that is stored in few bits, or will be; an operation that changes its values drops them. stored_as:
-    ggml's name of the type, of a tensor in a GGUF file.
+    matrix that is stored in few bits, or will be; an operation that changes its values drops them. stored_as,
+    stored_bytes: ggml's name of the type and the size in the file, of a tensor in a GGUF file.
     """
 
     shape: tuple[int, ...]
@@ -63,6 +63,7 @@ class LazyTensor:
     origin: str = ""
     blocks: Blocks | None = None
     stored_as: str = ""
+    stored_bytes: int = 0
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """Read the tensor in `dtype`, or in the type that it is stored in."""
@@ -237,7 +238,7 @@ class _File:
         return LazyTensor(shape, stored_dtype, load, f"{name} in {self.path.name}")
 
     def names(self) -> list[str]:
-        raise NotImplementedError
+        return list(self.handle().keys())
 
     def _open(self) -> Any:
         raise NotImplementedError
@@ -274,9 +275,6 @@ def close_last_file(pages: int = 0) -> None:
 
 
 class _Safetensors(_File):
-    def names(self) -> list[str]:
-        return list(self.handle().keys())
-
     def _open(self) -> Any:
         try:
             return safe_open(self.path, framework="pt")
@@ -298,9 +296,6 @@ class _Safetensors(_File):
 
 
 class _Bin(_File):
-    def names(self) -> list[str]:
-        return list(self.handle())
-
     def _open(self) -> Any:
         try:
             with warnings.catch_warnings():

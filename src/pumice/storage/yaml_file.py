@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from pumice.errors import InputError, shorten
+from pumice.errors import InputError, shorten, wrong_input
 
 # Bounds far above what people write. Within them every file is read in a few seconds.
 LARGEST_FILE = 1 << 18  # bytes
@@ -109,10 +109,8 @@ def set_key(values: dict[str, Any], override: str) -> tuple[str, ...]:
     dotted, separator, text = override.partition("=")
     if not separator:
         raise InputError(f"--set {override}: write key=value")
-    try:
+    with wrong_input(yaml.YAMLError, f"--set {override}: the value is not YAML; quote it as in a file"):
         value = _load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {override}: the value is not YAML; quote it as in a file") from error
     *outer, last = keys = dotted.strip().split(".")
     place: Any = values
     for number, key in enumerate(outer):

@@ -8,8 +8,9 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pumice.chat_client import ChatEndpoint, Outcome, Tokens, message_of, parse_json, text_of, with_images
+from pumice.chat_client import ChatEndpoint, Outcome, Tokens, message_of, text_of, with_images
 from pumice.errors import InputError
+from pumice.jsonl import parse_json
 from pumice.synth.checks import is_refusal
 from pumice.synth.journal import TeacherRequest
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pumice.errors import InputError
+from pumice.errors import CAUSE, InputError, wrong_input
 
 _BOM = b"\xef\xbb\xbf"
 _OTHER = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PK": "zip"}
@@ -17,10 +17,8 @@ _OTHER = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"P
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
     """The bytes of a UTF-8 file behind its byte-order mark. InputError when it is none, or missing."""
-    try:
+    with wrong_input(OSError, f"'{path}' cannot be read: {CAUSE}; check the path"):
         file = path.open("rb")
-    except OSError as error:
-        raise InputError(f"'{path}' cannot be read: {error.strerror}; check the path") from error
     with file:
         start = file.read(4)
         for mark, name in _OTHER.items():

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from pumice.data.rows import ImageFinder
-from pumice.errors import InputError
-from pumice.files import Lock, replacing
+from pumice.errors import CAUSE, InputError, wrong_input
+from pumice.files import Lock, hold, replacing
 from pumice.images import image_key
 from pumice.synth.checks import CheckSettings, Rejection, check_language, examine, row
 from pumice.synth.context import Context
@@ -161,13 +161,9 @@ def estimate(job: Job, teacher: Teacher, journal: Journal, endpoint: Endpoint | 
 
 def open_journal(out: Path) -> tuple[Journal, Lock]:
     """Return the folder's journal and the lock that keeps other runs out."""
-    try:
+    with wrong_input(OSError, f"the folder '{out}' cannot be made ({CAUSE}); name another"):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the folder '{out}' cannot be made ({error.strerror}); name another") from error
-    lock = Lock(out / "run.lock")
-    if not lock.acquire():
-        raise InputError(f"another run is using '{out}'; wait for it, or name another folder")
+    lock = hold(out / "run.lock", f"using the folder '{out}'")
     journal = Journal(out / "journal.jsonl")
     journal.settle()
     return journal, lock

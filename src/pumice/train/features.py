@@ -160,7 +160,7 @@ class FeatureCache:
 
     def __init__(self, folder: Path, fingerprint: str, features: int, width: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = hold(folder, "cache of features")
+        self._lock = hold(folder / ".lock", f"using the cache of features {folder}")
         self.shape = (features, width)
         # 1. Refuse the features of another tower: they may have the same size, so no error would follow.
         meta = {"fingerprint": fingerprint, "features": features, "width": width}

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from pumice.data.packing import Pack, Tree
-from pumice.errors import InputError, WorkError
+from pumice.errors import CAUSE, InputError, WorkError, wrong_input
 from pumice.files import hold
 from pumice.formats.load import find_device
 from pumice.formats.pumice.folder import CONFIG
@@ -167,16 +167,15 @@ class Trainer:
         """
         # 1. Make the output folder, and lock it so that no second run writes there.
         folder = self.recipe.output / "checkpoints"
-        try:
+        with wrong_input(
+            OSError, f"the output folder {self.recipe.output} cannot be made: {CAUSE}; name another"
+        ):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"the output folder {self.recipe.output} cannot be made: {error.strerror}; name another"
-            ) from error
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(self.features))
             if self.world.main:
-                stack.enter_context(hold(self.recipe.output, "output folder"))
+                output = self.recipe.output
+                stack.enter_context(hold(output / ".lock", f"using the output folder {output}"))
             # 2. Resume from the newest checkpoint. A new run is checked before any compute is spent on it.
             resumed = self._resume(folder)
             if (

@@ -133,10 +133,6 @@ class Objective(nn.Module):
             features = self.model.features(torch.zeros(1, 3, side, side, device=self.model.device))
         else:
             features = torch.zeros(1, vision.features, vision.width, device=self.model.device)
-        zero = self.model.connector(features.to(self._connector_dtype())).sum() * 0
+        zero = self.model.connector(self.model.for_connector(features)).sum() * 0
         newline = self.model.image_newline
         return zero.float() if newline is None else zero.float() + newline.sum().float() * 0
-
-    def _connector_dtype(self) -> torch.dtype:
-        weight = next(self.model.connector.parameters(), None)
-        return torch.float32 if weight is None else weight.dtype

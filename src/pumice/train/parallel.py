@@ -1,6 +1,6 @@
 """A run on several processes: torchrun starts them, DDP copies the model or FSDP shards it.
 
-With one process torch.distributed is not imported, and every method does nothing.
+With one process no process group is made, and every method does nothing.
 
 Every process must take part in every collective, or the run hangs. Four rules ensure it:
 - Each process runs the same number of packs per step; dummy packs fill up.
@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pumice.errors import InputError
@@ -56,8 +57,6 @@ class World:
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls()
-        import torch.distributed as dist
-
         rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
         on_gpu = torch.cuda.is_available() and (recipe.device or "cuda").startswith("cuda")
         if on_gpu:
@@ -88,8 +87,6 @@ class World:
     def __exit__(self, error: object, *_: object) -> None:
         """End the process group. error: by which this process ends, perhaps alone."""
         if self.size > 1:
-            import torch.distributed as dist
-
             if error is not None and dist.get_backend() == "nccl":
                 # NCCL ends a group only with all its members. They wait in the next step for this process,
                 # whose error would never be told. Abort does not wait, and torchrun ends the others.
@@ -146,8 +143,6 @@ class World:
         self, tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         """Return the first process's tensor on the device of each process."""
-        import torch.distributed as dist
-
         here = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device)
         here = here.contiguous()
         dist.broadcast(here.reshape(-1).view(torch.uint8), 0)  # bytes: gloo does not know every type
@@ -212,8 +207,6 @@ class World:
         """Sum each value over all processes."""
         if self.size == 1:
             return list(values)
-        import torch.distributed as dist
-
         totals = torch.tensor(values, dtype=torch.float64, device=self._collective_device())
         dist.all_reduce(totals)
         return totals.tolist()
@@ -222,8 +215,6 @@ class World:
         """Return the first process's value on every process."""
         if self.size == 1:
             return value
-        import torch.distributed as dist
-
         shared = torch.tensor(value, device=self._collective_device())
         dist.broadcast(shared, 0)
         return int(shared)
@@ -237,8 +228,6 @@ class World:
         """Return the values of all processes, in order of rank; they must be small and picklable."""
         if self.size == 1:
             return [value]
-        import torch.distributed as dist
-
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
@@ -263,8 +252,6 @@ class World:
         return state
 
     def _collective_device(self) -> torch.device:
-        import torch.distributed as dist
-
         on_gpu = dist.get_backend() == "nccl"
         return torch.device("cuda", self.local) if on_gpu else torch.device("cpu")
 

@@ -13,6 +13,14 @@ from pumice.data.rows import Rows
 from pumice.data.sources import columns
 
 
+@pytest.mark.parametrize("value", [b"", b"[]", b'{"info": {"features": []}}', b"[" * 100_000, b"\xff"])
+def test_names_of_classes_that_are_damaged_are_left_out(value: bytes) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    assert columns._class_names(pyarrow.schema([], {"huggingface": value})) == {}
+    whole = b'{"info": {"features": {"a": {"_type": "ClassLabel", "names": ["x", "y"]}, "b": 7}}}'
+    assert columns._class_names(pyarrow.schema([], {"huggingface": whole})) == {"a": ["x", "y"]}
+
+
 @pytest.mark.parametrize("group", [3, 7, 24])
 def test_rows_of_any_row_group_are_read_once_a_block(
     group: int, examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

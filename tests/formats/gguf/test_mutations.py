@@ -77,6 +77,30 @@ def test_any_bytes_of_the_header(small: Path, tmp_path: Path, seed: int) -> None
             assert str(path) in str(error)
 
 
+def text(data: bytes) -> bytes:
+    return struct.pack("<Q", len(data)) + data
+
+
+@pytest.mark.parametrize(
+    ("tensors", "header", "size"),
+    [
+        (1, text(b"t") + struct.pack("<IIQ", 0, 0, 0), 200),
+        (1, text(b"t") + struct.pack("<I5QIQ", 5, 1, 1, 1, 1, 1, 0, 0), 200),
+        (0, text(b"a") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000, 100_000),
+        (0, struct.pack("<Q", 2**64 - 1), 100),
+        (0, text(b"a") + struct.pack("<IIQ", 9, 0, 1 << 27), (1 << 27) + 200),
+    ],
+    ids=["no dimension", "five dimensions", "lists of lists", "a long key", "a long list"],
+)
+def test_headers_that_no_program_writes(tmp_path: Path, tensors: int, header: bytes, size: int) -> None:
+    path = tmp_path / "a.gguf"
+    with path.open("wb") as file:
+        file.write(b"GGUF" + struct.pack("<IQQ", 3, tensors, 1 - tensors) + header)
+        file.truncate(size)
+    with pytest.raises(InputError, match=r"a\.gguf is damaged or cut short"):
+        GgufFile(path)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,16 @@ TEXTS = [
 
 @pytest.mark.parametrize("quantised", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_tensors_are_those_of_the_gguf_package(tmp_path: Path, write_gguf: Any, quantised: str) -> None:
+    import gguf
+
     exact = write_gguf(tmp_path / "m.gguf", quantised=quantised)
     state = open_gguf(tmp_path / "m.gguf").state
     assert state.keys() == exact.keys()
     for name, tensor in exact.items():
         assert state[name].shape == tensor.shape
         assert torch.equal(state[name].read(torch.float32), tensor), name
+    sizes = {tensor.name: tensor.n_bytes for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    assert state["embed.weight"].stored_bytes == sizes["token_embd.weight"]
     assert state["embed.weight"].dtype == {"F16": torch.float16, "BF16": torch.bfloat16}.get(
         quantised, torch.float32
     )
@@ -165,6 +170,45 @@ def test_damaged_files(tmp_path: Path, write_gguf: Any, change: Any, message: st
     assert str(path) in str(caught.value)
 
 
+def test_a_type_that_nobody_decodes(tmp_path: Path) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("x", np.zeros((2, 4), np.int16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = GgufFile(tmp_path / "m.gguf")
+    assert file.infos["x"].size == 16
+    with pytest.raises(
+        InputError, match="x is stored in ggml type 25, which cannot be read; fetch the model"
+    ):
+        file.tensor("x")
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K"])
+def test_rows_that_are_no_whole_blocks(tmp_path: Path, name: str) -> None:
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[name]
+    values, size = gguf.GGML_QUANT_SIZES[kind]
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("x", np.zeros((3, 2 * size), np.uint8), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert GgufFile(tmp_path / "m.gguf").blocks("x").shape == (3, 2, size)
+    data = (tmp_path / "m.gguf").read_bytes()
+    changed = data.replace(struct.pack("<QQ", 2 * values, 3), struct.pack("<QQ", 2 * values - 1, 3))
+    (tmp_path / "m.gguf").write_bytes(changed)
+    with pytest.raises(
+        InputError, match=f"x has rows of {2 * values - 1} values, not whole blocks of {values}"
+    ):
+        GgufFile(tmp_path / "m.gguf")
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot read the GGUF file .*none\.gguf: No such file"):
         open_gguf(tmp_path / "none.gguf")
@@ -178,6 +222,7 @@ def test_missing_file(tmp_path: Path) -> None:
         ({"pre": "tekken"}, "splits words as 'tekken'"),
         ({"llama__rope__scaling__type": "yarn"}, "scales its rotary positions"),
         ({"llama__rope__dimension_count": 32}, "rotates 32 of 64"),
+        ({"split__count": 3}, "is one of 3 pieces of a model; join them with `llama-gguf-split --merge`"),
     ],
 )
 def test_what_our_decoder_is_not(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 from dataclasses import replace
@@ -15,9 +16,10 @@ from pumice.config import ConnectorConfig, VisionConfig
 from pumice.errors import InputError, WorkError
 from pumice.formats.export import export
 from pumice.formats.gguf.file import GgufFile, kind_name
+from pumice.formats.gguf.library import llama_library
 from pumice.formats.gguf.llm import open_gguf
 from pumice.formats.gguf.vocab import write_vocabulary
-from pumice.formats.gguf.write import refusal
+from pumice.formats.gguf.write import TYPES, refusal
 from pumice.formats.read import read_model
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import as_lazy
@@ -165,7 +167,7 @@ HAS_LLAMA = importlib.util.find_spec("llama_cpp") is not None
     [("q4_k_m", {"Q4_K", "Q6_K"}, 0.1), ("q5_k_m", {"Q5_K", "Q6_K"}, 0.06), ("q6_k", {"Q6_K"}, 0.03)],
 )
 def test_k_quants(models: ModuleType, tmp_path: Path, kind: str, names: set[str], worst: float) -> None:
-    """llama.cpp's own quantiser writes them; what is read back is near the model's weights."""
+    """llama.cpp's own quantiser writes them; weights read back are near the model's, and llama.cpp's own."""
     [name] = [name for name in models.ARCHITECTURES if "SigLIP + Qwen2" in name]
     architecture = models.ARCHITECTURES[name]
     wide = replace(architecture.config.decoder, width=256, heads=16, mlp_width=512)
@@ -184,6 +186,16 @@ def test_k_quants(models: ModuleType, tmp_path: Path, kind: str, names: set[str]
         exact = model.state[matrix].read()
         error = (back[matrix].read() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
         assert 0 < error < worst  # measured: 0.072, 0.037, 0.018
+    # llama.cpp restores the same floats.
+    library = llama_library("a test")
+    params = library.llama_model_quantize_default_params()
+    params.ftype, params.nthread, params.allow_requantize = TYPES["f32"], 1, True
+    restored = tmp_path / "restored.gguf"
+    paths = (str(path).encode() for path in (file.path, restored))
+    assert library.llama_model_quantize(*paths, ctypes.byref(params)) == 0
+    for name, info in GgufFile(restored).infos.items():
+        assert info.kind == 0
+        assert torch.equal(file.tensor(name), GgufFile(restored).tensor(name)), name
 
 
 @pytest.mark.skipif(HAS_LLAMA, reason="llama-cpp-python is installed")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pumice.data.sources.json_text import JsonReader, read_values
-from pumice.data.sources.source import OpenFiles, Record, Source, unreadable
+from pumice.data.sources.source import OpenFiles, Record, Source, reading
 from pumice.errors import InputError
 
 # Lists that only these files have, at the top of their object.
@@ -30,24 +30,21 @@ class _Lists:
         keys: dict[str, array[int]] = {"annotations": array("q"), "questions": array("q")}
         spans: dict[str, array[int]] = {"annotations": array("q"), "questions": array("q")}
         self.has_captions = False
-        try:
-            with path.open("rb") as file:
-                for name, value in JsonReader(file).sections(str(path)):
-                    if name == "data_subtype":
-                        self.subset = str(value)
-                    elif not hasattr(value, "__next__"):
-                        continue
-                    else:
-                        for start, end, item in value:
-                            if isinstance(item, dict) and item.get("iscrowd"):
-                                continue  # its box is around many things
-                            if name in spans:
-                                spans[name].extend((start, end))
-                                keys[name].extend(self._keys_of(item))
-                            elif isinstance(item, dict):
-                                self._add(name, item)
-        except OSError as error:
-            raise unreadable(path, error) from error
+        with reading(path), path.open("rb") as file:
+            for name, value in JsonReader(file).sections(str(path)):
+                if name == "data_subtype":
+                    self.subset = str(value)
+                elif not hasattr(value, "__next__"):
+                    continue
+                else:
+                    for start, end, item in value:
+                        if isinstance(item, dict) and item.get("iscrowd"):
+                            continue  # its box is around many things
+                        if name in spans:
+                            spans[name].extend((start, end))
+                            keys[name].extend(self._keys_of(item))
+                        elif isinstance(item, dict):
+                            self._add(name, item)
         # Of each item of a list: where it begins and ends; and its question_id and image_id, -1 without.
         self.spans = {name: np.array(found, np.int64).reshape(-1, 2) for name, found in spans.items()}
         self.keys = {name: np.array(found, np.int64).reshape(-1, 2) for name, found in keys.items()}

@@ -18,7 +18,7 @@ import numpy as np
 from pumice.conversation import StoredImage
 from pumice.data.arrays import kept
 from pumice.data.sources.source import Record, Source
-from pumice.errors import InputError, install
+from pumice.errors import CAUSE, InputError, library, wrong_input
 from pumice.files import cache_folder
 
 BLOCK = 1000  # rows that are read together
@@ -29,12 +29,9 @@ _LARGE = 4  # blocks
 
 def arrow() -> Any:
     """Return the module pyarrow. Raises InputError where it is not installed."""
-    try:
-        import pyarrow
-        import pyarrow.ipc
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError(f"parquet and Arrow files need pyarrow: {install('data')}") from error
+    library("pyarrow.parquet", "parquet and Arrow files need pyarrow", "data")
+    import pyarrow
+
     return pyarrow
 
 
@@ -167,13 +164,12 @@ class ColumnRows(Source):
                 return self._unpacked[number]
             if number not in self._blocks:
                 first, last = self._together(number)
-                try:
+                with wrong_input(
+                    OSError,
+                    f"rows of '{self.label}' do not fit into {cache_folder()} ({CAUSE}); "
+                    "set PUMICE_CACHE to a folder with room",
+                ):
                     blocks = dict(enumerate(self._read(first * BLOCK, min(len(self), last * BLOCK)), first))
-                except OSError as error:
-                    raise InputError(
-                        f"rows of '{self.label}' do not fit into {cache_folder()} ({error.strerror}); "
-                        "set PUMICE_CACHE to a folder with room"
-                    ) from error
                 if len(blocks) > 1:
                     self._unpacked |= blocks
                     return blocks[number]
@@ -364,5 +360,5 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
             for name, feature in features.items()
             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
         }
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):  # it is another program's
         return {}

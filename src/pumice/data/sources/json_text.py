@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pumice.data.arrays import kept
-from pumice.data.sources.source import OpenFiles, Record, Source, unreadable
+from pumice.data.sources.source import OpenFiles, Record, Source, reading
 from pumice.errors import InputError
 
 BOM = b"\xef\xbb\xbf"
@@ -140,10 +140,8 @@ class JsonRows(Source):
     def __init__(self, path: Path) -> None:
         """Raises InputError when the file cannot be read, or is a list that is malformed."""
         self.path, self.label, self.files = path, str(path), [path]
-        try:
+        with reading(path):
             self._spans = kept(self.files, "spans", lambda: {"spans": _index(path)})["spans"]
-        except OSError as error:
-            raise unreadable(path, error) from error
         self._file = OpenFiles([path])
 
     def __len__(self) -> int:

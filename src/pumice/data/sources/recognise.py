@@ -18,7 +18,7 @@ from pumice.data.sources.coco import lists_in, open_lists
 from pumice.data.sources.columns import ColumnRows
 from pumice.data.sources.folders import PICTURES, ClassFolders, ImageFolder, has_class_folders, is_visible
 from pumice.data.sources.json_text import BOM, JsonRows
-from pumice.data.sources.source import Joined, Source, unreadable
+from pumice.data.sources.source import Joined, Source, reading
 from pumice.data.sources.tables import Table, header_of
 from pumice.data.sources.tars import TarRows
 from pumice.errors import InputError
@@ -108,11 +108,8 @@ def format_of(path: Path) -> str:
 
     Raises InputError for a file that may hold rows in a way that is not read, such as a packed one.
     """
-    try:
-        with path.open("rb") as file:
-            head = file.read(_HEAD)
-    except OSError as error:
-        raise unreadable(path, error) from error
+    with reading(path), path.open("rb") as file:
+        head = file.read(_HEAD)
     for name, beginnings in MAGIC.items():
         if head.startswith(beginnings):
             return name

@@ -8,12 +8,13 @@ import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pumice.conversation import StoredImage
-from pumice.errors import InputError
+from pumice.errors import CAUSE, InputError, wrong_input
 
 Record = dict[str, Any]  # column -> value: JSON's types, and StoredImage for a picture inside the source
 
@@ -97,17 +98,14 @@ class OpenFiles:
 
     def read(self, number: int, start: int, size: int) -> bytes:
         """Return `size` bytes of file `number` from `start`. Raises InputError when it cannot be read."""
-        with self._lock:
-            try:
-                if number not in self._open:
-                    self._open[number] = self.paths[number].open("rb")
-                    if len(self._open) > MAX_OPEN:
-                        self._open.popitem(last=False)[1].close()
-                self._open.move_to_end(number)
-                self._open[number].seek(start)
-                return self._open[number].read(size)
-            except OSError as error:
-                raise unreadable(self.paths[number], error) from error
+        with self._lock, reading(self.paths[number]):
+            if number not in self._open:
+                self._open[number] = self.paths[number].open("rb")
+                if len(self._open) > MAX_OPEN:
+                    self._open.popitem(last=False)[1].close()
+            self._open.move_to_end(number)
+            self._open[number].seek(start)
+            return self._open[number].read(size)
 
     def stored_image(self, number: int, start: int, size: int, name: str) -> StoredImage:
         """Return a picture that is a part of file `number`."""
@@ -121,5 +119,6 @@ class OpenFiles:
         return OpenFiles, (self.paths,)
 
 
-def unreadable(path: Path | str, error: OSError) -> InputError:
-    return InputError(f"the rows '{path}' cannot be read: {error.strerror or error}; check the path")
+def reading(path: Path | str) -> AbstractContextManager[None]:
+    """Return a context in which an error of the system says that the rows cannot be read."""
+    return wrong_input(OSError, f"the rows '{path}' cannot be read: {CAUSE}; check the path")

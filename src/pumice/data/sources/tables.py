@@ -15,7 +15,7 @@ import numpy as np
 from pumice.data.arrays import kept
 from pumice.data.sources.folders import PICTURES
 from pumice.data.sources.json_text import BOM
-from pumice.data.sources.source import OpenFiles, Record, Source, unreadable
+from pumice.data.sources.source import OpenFiles, Record, Source, reading
 from pumice.errors import InputError
 
 _DELIMITERS = "\t,;|"
@@ -44,7 +44,7 @@ class Table(Source):
         """Raises InputError when the file cannot be read, has no header, or never closes a quote."""
         self.path, self.label, self.files = path, str(path), [path]
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-        try:
+        with reading(path):
             with path.open("rb") as file:
                 self._start = len(BOM) if file.read(len(BOM)) == BOM else 0
                 file.seek(self._start)
@@ -59,8 +59,6 @@ class Table(Source):
                     "above it"
                 )
             self._spans = kept(self.files, "table", lambda: {"spans": self._index()})["spans"]
-        except OSError as error:
-            raise unreadable(path, error) from error
         self.form = "TSV" if self.delimiter == "\t" else "CSV"
         self._file = OpenFiles([path])
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pumice.data.arrays import kept
-from pumice.data.sources.source import OpenFiles, Record, Source, unreadable
+from pumice.data.sources.source import OpenFiles, Record, Source, reading
 from pumice.errors import InputError
 
 _PICTURES = re.compile(r"(?:.*\.)?(?:jpe?g|png|webp|gif|bmp|tiff?|ppm|jp2|avif|heic)", re.IGNORECASE)
@@ -140,7 +140,7 @@ def _read_members(path: Path) -> list[tuple[str, int, int]]:
     """
     found: list[tuple[str, int, int]] = []
     try:
-        with tarfile.open(path, "r:") as archive:
+        with reading(path), tarfile.open(path, "r:") as archive:
             whole = True
             try:
                 while (member := archive.next()) is not None:
@@ -157,6 +157,4 @@ def _read_members(path: Path) -> list[tuple[str, int, int]]:
                 found.append((f"{folder}{slash}{name.partition('.')[0]}.{_CUT}", 0, 0))
     except tarfile.TarError as error:
         raise InputError(f"'{path}' is cut off or no tar archive ({error}); fetch it again") from error
-    except OSError as error:
-        raise unreadable(path, error) from error
     return found

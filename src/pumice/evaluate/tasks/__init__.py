@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from functools import cache
 
-from pumice.errors import InputError
+from pumice.errors import check_known
 from pumice.evaluate.task import Task, releases
 
 
@@ -28,6 +28,5 @@ def register(task: type[Task]) -> None:
 
 def get_task(name: str, split: str | None = None) -> Task:
     """Return the benchmark of that name. Raises InputError that lists the names."""
-    if name not in registry():
-        raise InputError(f"there is no task {name!r}; use one of {', '.join(registry())}")
+    check_known(name, registry(), f"there is no task {name!r}")
     return registry()[name](split)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pumice.errors import InputError
+from pumice.errors import CAUSE, wrong_input
 from pumice.evaluate.files import ImageFolders, read_json
 from pumice.evaluate.task import Answered, CategoryScore, Floats, Question, Score, Task, mean_percent
 from pumice.storage.yaml_file import read_yaml
@@ -131,12 +131,8 @@ class Chair(Task):
         path = data / "chair_images.txt"
         if not path.is_file():
             return None
-        try:
+        with wrong_input(ValueError, f"'{path}' must hold one COCO image id per line ({CAUSE}); correct it"):
             return {int(line) for line in path.read_text(encoding="utf-8").split()}
-        except ValueError as error:
-            raise InputError(
-                f"'{path}' must hold one COCO image id per line ({error}); correct it"
-            ) from error
 
     def score(self, answered: Sequence[Answered]) -> Score:
         # 1. Count the objects that each caption names, and those that are not in the image.

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from pumice.errors import InputError, install
+from pumice.errors import InputError, library
 from pumice.evaluate.files import OPTION_COLUMNS, base64_image, hidden_options, options, read_rows
 from pumice.evaluate.metrics.choice import infer_option
 from pumice.evaluate.task import (
@@ -119,11 +119,8 @@ class MMBench(Task):
         dropped = ("hint", "category", "source", "image", "comment", "l2-category", "split")
         columns = [name for name in answered[0].question.meta["row"] if name not in dropped]
         columns = [*columns[:6], "prediction", *columns[6:]]
-        try:
-            from xlsxwriter import Workbook
-        except ImportError as error:
-            raise InputError(f"a workbook needs XlsxWriter: {install('eval')}") from error
-        with Workbook(path, {"strings_to_formulas": False, "strings_to_urls": False}) as book:
+        xlsx = library("xlsxwriter", "a workbook needs XlsxWriter", "eval")
+        with xlsx.Workbook(path, {"strings_to_formulas": False, "strings_to_urls": False}) as book:
             sheet = book.add_worksheet("Sheet1")
             sheet.write_row(0, 0, columns)
             for number, (question, text) in enumerate(answered, 1):

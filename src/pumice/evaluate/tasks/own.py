@@ -25,7 +25,7 @@ from pumice.data.objects import read_objects
 from pumice.data.pictures import Image, beside, structured, videos_of
 from pumice.data.rows import Row, Rows
 from pumice.data.sources.recognise import HUB, format_of
-from pumice.errors import InputError
+from pumice.errors import CAUSE, InputError, check_known, wrong_input
 from pumice.evaluate.files import DataFile, ImageFile, read_rows, search
 from pumice.evaluate.metrics.boxes import best_iou, is_right
 from pumice.evaluate.metrics.captions import rouge_l
@@ -96,14 +96,6 @@ def _spaced(text: str) -> str:
     return _WORD_OF_ONE.sub(r" \g<0> ", _same_form(text))
 
 
-def _exact(text: str, meta: Any) -> float:
-    return float(_plain(text) in [_plain(answer) for answer in meta["answers"]])
-
-
-def _contains(text: str, meta: Any) -> float:
-    return float(any(_holds(text, answer) for answer in meta["answers"]))
-
-
 def _holds(text: str, answer: str) -> bool:
     # Of an answer such as "A", which M4C drops as an article, nothing would be left to look for.
     form = normalize_m4c if normalize_m4c(_spaced(answer)) else _plain
@@ -172,22 +164,6 @@ def _without_denied(text: str, options: Mapping[str, str]) -> str:
     return re.sub(rf"{_NOT}{several}|\b{one}{_IS_WRONG}", " ", text).strip()
 
 
-def _option(text: str, meta: Any) -> float:
-    return float(read_option(text, meta["choices"]) in meta["answers"])
-
-
-def _yes_no(text: str, meta: Any) -> float:
-    return float(means_yes(text) == means_yes(meta["answers"][0]))
-
-
-def _rouge(text: str, meta: Any) -> float:
-    return rouge_l(_spaced(text), [_spaced(answer) for answer in meta["answers"]])
-
-
-def _box(text: str, meta: Any) -> float:
-    return is_right(best_iou(text, meta["box_map"], meta["boxes"]))
-
-
 # Whether no rule reads an answer, and what such an answer counts as.
 UNREAD: dict[str, tuple[Callable[[str, Any], bool], str]] = {
     "option": (
@@ -200,13 +176,18 @@ UNREAD: dict[str, tuple[Callable[[str, Any], bool], str]] = {
 
 
 METRICS: dict[str, Callable[[str, Any], float]] = {
-    "exact": _exact,  # the same text; case and a final full stop do not count
-    "contains": _contains,  # the text holds an answer as whole words
+    # The same text; case and a final full stop do not count.
+    "exact": lambda text, meta: float(_plain(text) in map(_plain, meta["answers"])),
+    # The text holds an answer as whole words.
+    "contains": lambda text, meta: float(any(_holds(text, answer) for answer in meta["answers"])),
     "vqa": _vqa,  # M4C's normalisation; from four answers on, one person is left out
-    "option": _option,  # the letter of one of "choices"
-    "yes_no": _yes_no,  # as POPE reads yes and no
-    "rouge_l": _rouge,
-    "box": _box,  # its first box overlaps one of the right ones by half
+    # The letter of one of "choices".
+    "option": lambda text, meta: float(read_option(text, meta["choices"]) in meta["answers"]),
+    # As POPE reads yes and no.
+    "yes_no": lambda text, meta: float(means_yes(text) == means_yes(meta["answers"][0])),
+    "rouge_l": lambda text, meta: rouge_l(_spaced(text), list(map(_spaced, meta["answers"]))),
+    # Its first box overlaps one of the right ones by half.
+    "box": lambda text, meta: is_right(best_iou(text, meta["box_map"], meta["boxes"])),
 }
 
 
@@ -320,8 +301,7 @@ def _question(row: dict[str, Any], label: str, folder: Path, number: int, box_ma
     if not isinstance(answers, list) or not answers:
         raise InputError(f"{error_prefix}: 'answers' must be a text or a list of texts, found {answers!r}")
     metric = row.get("metric", "option" if row.get("choices") else "exact")
-    if metric not in METRICS:
-        raise InputError(f"{error_prefix}: there is no metric {metric!r}; use one of {', '.join(METRICS)}")
+    check_known(metric, METRICS, f"{error_prefix}: there is no metric {metric!r}")
     choices = structured(row.get("choices"))
     if isinstance(choices, list):
         choices = {chr(ord("A") + n): str(text) for n, text in enumerate(choices)}
@@ -343,10 +323,8 @@ def _question(row: dict[str, Any], label: str, folder: Path, number: int, box_ma
     if choices and "prompt" not in row:
         prompt = "\n".join([prompt, *(f"{letter}. {text}" for letter, text in choices.items())])
     if videos := videos_of(row, error_prefix):
-        try:
+        with wrong_input(InputError, f"{error_prefix}: {CAUSE}"):
             names, prompt = beside(names, videos, prompt)
-        except InputError as error:
-            raise InputError(f"{error_prefix}: {error}") from error
     meta = {
         "question": row["question"],
         "answers": answers,
@@ -373,13 +351,11 @@ def _right_boxes(
         boxes = [boxes]
     if len(images) != 1:
         raise InputError(f"{error_prefix}: the metric 'box' needs one picture, found {len(images)}")
-    try:
+    with wrong_input(InputError, f"{error_prefix}: {CAUSE}"):
         size = _size(images[0])
         objects = read_objects({"bbox": boxes, "bbox_type": row.get("bbox_type")})
         check_boxes(objects, 1)
         return {"boxes": picture_boxes(objects, [size]), "box_map": box_map(size, 1)}
-    except InputError as error:
-        raise InputError(f"{error_prefix}: {error}") from error
 
 
 def _size(image: ImageFile) -> Size:

@@ -8,6 +8,7 @@ vocabulary, this one takes a twentieth of a second.
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 from collections import Counter
 from collections.abc import Callable
@@ -30,6 +31,7 @@ _STRING, _ARRAY = 8, 9
 # ggml's tensor types that are not quantised; numbers of positions may be whole numbers.
 PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16, 26: torch.int32, 27: torch.int64}
 _MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
+_LARGEST_HEADER = 1 << 27  # bytes; real ones have up to some 30 MB. A list takes 16 times its bytes in memory
 _CHUNK = 1 << 13  # blocks dequantised at a time: 1 MB of values, which stays in the processor's cache
 
 
@@ -41,11 +43,17 @@ class TensorInfo:
     kind: int
     offset: int
 
+    @property
+    def size(self) -> int:
+        """Its bytes in the file; 0 for an unknown type."""
+        values, size = _block_size(self.kind)
+        return prod(self.shape) // values * size
+
 
 class GgufFile:
     """A GGUF file: `metadata` (key -> Python value), `infos` (name -> TensorInfo), `tensor(name)`.
 
-    Raises InputError if the file is missing, is not GGUF, or ends too early.
+    Raises InputError if the file is missing, is not GGUF, ends too early, or cuts a block of a row.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
@@ -55,32 +63,34 @@ class GgufFile:
                 if file.read(4) != b"GGUF":
                     raise InputError(f"{self.path} is not a GGUF file: it does not begin with 'GGUF'")
                 # Only the header is mapped: reading tensors is several times faster than faulting them in.
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                size = os.fstat(file.fileno()).st_size
+                header = min(size, _LARGEST_HEADER)
+                with mmap.mmap(file.fileno(), header, access=mmap.ACCESS_READ) as mapped:
                     self.metadata, self.infos = self._header(mapped)
-                    complete = all(_end(info) <= len(mapped) for info in self.infos.values())
+                complete = all(info.offset + info.size <= size for info in self.infos.values())
         except OSError as error:
             raise InputError(f"cannot read the GGUF file {self.path}: {error.strerror}") from error
-        except (struct.error, OverflowError, MemoryError, UnicodeDecodeError) as error:
+        except (struct.error, OverflowError, UnicodeDecodeError) as error:
             raise self._damaged() from error
         if not complete:
             raise self._damaged()
+        for name, info in self.infos.items():
+            if info.shape[-1] % (values := _block_size(info.kind)[0]):
+                raise InputError(
+                    f"{self.path}: {name} has rows of {info.shape[-1]} values, not whole blocks of {values}; "
+                    "convert the model again"
+                )
 
     def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Read the tensor `name` in `dtype`. Quantised values are rounded once, from float32."""
         info = self.infos[name]
-        count = prod(info.shape)
         if info.kind in PLAIN:
-            stored_dtype = PLAIN[info.kind]
-            raw = self._bytes(info.offset, count * stored_dtype.itemsize)
-            return raw.view(stored_dtype).reshape(info.shape).to(dtype)
+            return self._bytes(info).view(PLAIN[info.kind]).reshape(info.shape).to(dtype)
         # A quantised row is a sequence of blocks, each with its own scale.
-        per_block, block_bytes, decode = _block_format(info.kind, f"{self.path}: {name}")
-        if info.shape[-1] % per_block:
-            raise InputError(
-                f"{self.path}: {name} has rows of {info.shape[-1]} values, not whole blocks of {per_block}"
-            )
-        blocks = self._bytes(info.offset, count // per_block * block_bytes).view(-1, block_bytes)
-        out = torch.empty(blocks.shape[0], per_block, dtype=dtype)
+        decode = _decoder(info.kind, f"{self.path}: {name}")
+        values, size = _block_size(info.kind)
+        blocks = self._bytes(info).view(-1, size)
+        out = torch.empty(blocks.shape[0], values, dtype=dtype)
         for start in range(0, blocks.shape[0], _CHUNK):
             out[start : start + _CHUNK] = decode(blocks[start : start + _CHUNK])
         return out.view(info.shape)
@@ -88,14 +98,11 @@ class GgufFile:
     def blocks(self, name: str) -> Tensor:
         """The matrix `name` as it is stored, in blocks: bytes (rows, blocks of a row, bytes of a block)."""
         info = self.infos[name]
-        rows, inputs = info.shape
-        per_block, block_bytes, _ = _block_format(info.kind, f"{self.path}: {name}")
-        count = inputs // per_block
-        return self._bytes(info.offset, rows * count * block_bytes).view(rows, count, block_bytes)
+        return self._bytes(info).view(info.shape[0], -1, _block_size(info.kind)[1])
 
-    def _bytes(self, offset: int, size: int) -> Tensor:
-        raw = np.fromfile(self.path, dtype=np.uint8, count=size, offset=offset)
-        if len(raw) != size:
+    def _bytes(self, info: TensorInfo) -> Tensor:
+        raw = np.fromfile(self.path, dtype=np.uint8, count=info.size, offset=info.offset)
+        if len(raw) != info.size:
             raise self._damaged()
         return torch.from_numpy(raw)
 
@@ -226,28 +233,33 @@ def kind_name(kind: int) -> str:
     return _NAMES.get(kind) or (_RARE[kind][0] if kind in _RARE else f"type {kind}")
 
 
-def _end(info: TensorInfo) -> int:
-    """Return where the tensor's bytes end; for a type that is unknown here, where they begin."""
-    count = prod(info.shape)
-    if info.kind in PLAIN:
-        return info.offset + count * PLAIN[info.kind].itemsize
-    values, size = _BLOCKS[info.kind][:2] if info.kind in _BLOCKS else _RARE.get(info.kind, ("", 1, 0))[1:]
-    return info.offset + count // values * size
-
-
-def _block_format(kind: int, label: str) -> tuple[int, int, _Decode]:
-    """Return (values per block, bytes per block, decoder: (n, bytes) uint8 -> (n, values) float32)."""
+def _block_size(kind: int) -> tuple[int, int]:
+    """Return the values and the bytes of one block of ggml's type; (1, 0) if it is unknown."""
+    if kind in PLAIN:
+        return 1, PLAIN[kind].itemsize
     if kind in _BLOCKS:
-        return _BLOCKS[kind]
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+        return _BLOCKS[kind][:2]
+    if kind in _RARE:
+        return _RARE[kind][1:]
+    from gguf import GGML_QUANT_SIZES
+
+    sizes: dict[int, tuple[int, int]] = {int(other): size for other, size in GGML_QUANT_SIZES.items()}
+    return sizes.get(kind, (1, 0))
+
+
+def _decoder(kind: int, label: str) -> _Decode:
+    """Return what decodes a type's blocks: (n, bytes) uint8 -> (n, values) float32."""
+    if kind in _BLOCKS:
+        return _BLOCKS[kind][2]
+    from gguf import GGMLQuantizationType, quants
 
     # Some types are listed but cannot be dequantised: try one block.
     try:
         quant_type = GGMLQuantizationType(kind)
-        quants.dequantize(
-            torch.zeros(1, GGML_QUANT_SIZES[quant_type][1], dtype=torch.uint8).numpy(), quant_type
-        )
+        quants.dequantize(np.zeros((1, _block_size(kind)[1]), np.uint8), quant_type)
     except (ValueError, NotImplementedError) as error:
-        raise InputError(f"{label} is stored in ggml type {kind}, which cannot be dequantised") from error
-    values, size = GGML_QUANT_SIZES[quant_type]
-    return values, size, lambda blocks: torch.from_numpy(quants.dequantize(blocks.numpy(), quant_type))
+        raise InputError(
+            f"{label} is stored in ggml type {kind}, which cannot be read; fetch the model in another type, "
+            "such as Q4_K_M"
+        ) from error
+    return lambda blocks: torch.from_numpy(quants.dequantize(blocks.numpy(), quant_type))

@@ -6,7 +6,7 @@ import ctypes
 import functools
 from typing import Any
 
-from pumice.errors import InputError, install
+from pumice.errors import library
 
 
 def llama_library(purpose: str) -> Any:
@@ -14,10 +14,7 @@ def llama_library(purpose: str) -> Any:
 
     purpose: what needs it, for the message. Raises InputError if the package is not installed.
     """
-    try:
-        import llama_cpp
-    except (ImportError, OSError, RuntimeError) as error:  # not there, or its library does not load
-        raise InputError(f"{purpose} needs llama-cpp-python: {install('llama')}") from error
+    llama_cpp = library("llama_cpp", f"{purpose} needs llama-cpp-python", "llama")
     llama_cpp.llama_log_set(_silence(llama_cpp), ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     return llama_cpp
@@ -25,20 +22,16 @@ def llama_library(purpose: str) -> Any:
 
 def mtmd_library(purpose: str) -> Any:
     """Return the module of the C functions that read pictures; as `llama_library`."""
-    library = llama_library(purpose)
-    try:
-        from llama_cpp import mtmd_cpp
-    except (ImportError, OSError, RuntimeError) as error:
-        raise InputError(f"{purpose} needs a newer llama-cpp-python: {install('llama')}") from error
-    callback = _silence(library)
+    callback = _silence(llama_library(purpose))
+    mtmd_cpp = library("llama_cpp.mtmd_cpp", f"{purpose} needs a newer llama-cpp-python", "llama")
     mtmd_cpp.mtmd_log_set(callback, ctypes.c_void_p(0))
     mtmd_cpp.mtmd_helper_log_set(callback, ctypes.c_void_p(0))
     return mtmd_cpp
 
 
 @functools.cache  # what C code calls must not be freed
-def _silence(library: Any) -> Any:
+def _silence(llama_cpp: Any) -> Any:
     def nothing(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
         pass
 
-    return library.llama_log_callback(nothing)
+    return llama_cpp.llama_log_callback(nothing)

@@ -186,7 +186,7 @@ def lazy_tensor(file: GgufFile, name: str, heads: int | None = None) -> LazyTens
 
     blocks = None if kind is None or len(info.shape) != 2 else Blocks(kind, packed)
     origin = f"{name} in {file.path.name}"
-    return LazyTensor(info.shape, dtype, load, origin, blocks, stored_as=kind_name(info.kind))
+    return LazyTensor(info.shape, dtype, load, origin, blocks, kind_name(info.kind), info.size)
 
 
 def shortest(value: float) -> float:

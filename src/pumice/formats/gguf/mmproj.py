@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from pumice.config import ConnectorConfig, ImagePolicy, VisionConfig, as_stored, from_dict, naming
-from pumice.errors import InputError
+from pumice.errors import InputError, wrong_input
 from pumice.formats import names as tensor_names
 from pumice.formats.gguf.file import GgufFile
 from pumice.formats.gguf.llm import lazy_tensor, shortest
@@ -33,6 +33,7 @@ from pumice.storage.tensors import LazyStateDict, LazyTensor, as_lazy
 ARCHITECTURE = "clip"
 # What Pumice's own files say in one key, as JSON, because llama.cpp has no key for it.
 OWN_KEY = "pumice.vision"
+CLASS_TOKENS = ("first", "shifted")  # where the positions of a CLIP expect it; see `gguf.write.write`
 _LEGACY = "clip.has_llava_projector"
 _NEWLINES = ("v.image_newline", "model.image_newline")
 _UNUSED = "v.head."  # SigLIP's pooling, which a LLaVA does not need
@@ -88,7 +89,7 @@ def read_mmproj(file: GgufFile) -> Mmproj:
 def own_values(
     vision: VisionConfig, image: ImagePolicy, image_wrap: tuple[str, str] | None, class_token: str
 ) -> str:
-    """Return the value of OWN_KEY. class_token: "first", or "shifted" as `pumice export` writes it."""
+    """Return the value of OWN_KEY. class_token: of CLASS_TOKENS."""
     values = {"activation": vision.activation, "image": as_stored(image), "class_token": class_token}
     return json.dumps(values | ({"image_wrap": list(image_wrap)} if image_wrap else {}))
 
@@ -96,10 +97,12 @@ def own_values(
 def _own(keys: Keys) -> Keys:
     """Return what OWN_KEY says, nothing where it is absent."""
     label = f"{keys.label}: {OWN_KEY}"
-    try:
+    with wrong_input((ValueError, RecursionError), f"{label} is not JSON; export the model again"):
         own = Keys(json.loads(keys.get(OWN_KEY, str, "{}")), label)
-    except ValueError as error:
-        raise InputError(f"{label} is not JSON; export the model again") from error
+    if (class_token := own.get("class_token", str, "first")) not in CLASS_TOKENS:
+        raise InputError(
+            f"{label}: class_token is {class_token!r}; known are {', '.join(CLASS_TOKENS)}; export it again"
+        )
     wrap = own.get("image_wrap", list, [])
     if len(wrap) not in (0, 2) or not all(isinstance(text, str) for text in wrap):
         raise InputError(f"{label}: image_wrap should be two texts, not {wrap!r}; export the model again")
@@ -109,7 +112,9 @@ def _own(keys: Keys) -> Keys:
 def _check_projector(file: GgufFile, keys: Keys) -> None:
     kind = keys.get("clip.projector_type", str, keys.get("clip.vision.projector_type", str, "mlp"))
     if kind == "mlp_norm" or "mm.3.weight" in file.infos:
-        raise InputError(f"{file.path}: its projector is mlp_norm, Yi-VL's, which no LLaVA here has")
+        raise InputError(
+            f"{file.path}: its projector is mlp_norm, Yi-VL's, which no LLaVA here has; ask it in llama.cpp"
+        )
     if kind != "mlp":
         raise InputError(
             f"{file.path}: its projector is {kind!r}; only mlp, LLaVA's own, can be read: ask it in llama.cpp"
@@ -132,7 +137,10 @@ def _vision(file: GgufFile, keys: Keys, legacy: bool, notes: list[str]) -> Visio
     # 1. Which hidden state.
     layers = keys.get("clip.vision.feature_layer", list, [])
     if len(layers) > 1:
-        raise InputError(f"{file.path}: its features are those of {len(layers)} layers; one can be read")
+        raise InputError(
+            f"{file.path}: its features are those of {len(layers)} layers; one can be read: ask it in "
+            "llama.cpp"
+        )
     if layers:
         state = layers[0]
     elif legacy:
@@ -150,14 +158,16 @@ def _vision(file: GgufFile, keys: Keys, legacy: bool, notes: list[str]) -> Visio
     # 2. The activation. The script calls a SigLIP's GELU quick, because it only knows the name of the other.
     gelu = keys.get("clip.use_gelu", bool, False)
     if keys.get("clip.use_silu", bool, False):
-        raise InputError(f"{file.path}: its tower computes SiLU; a CLIP or SigLIP with GELU can be read")
+        raise InputError(f"{file.path}: its tower computes SiLU; only GELU can be read: ask it in llama.cpp")
     if kind == "siglip":
         activation = "gelu_tanh" if gelu or legacy else "quick_gelu"
     else:
         activation = "gelu" if gelu else "quick_gelu"
     with naming(str(file.path)):
         if not 0 <= state <= depth:
-            raise InputError(f"its feature layer is {state}, but it has {depth} blocks")
+            raise InputError(
+                f"its feature layer is {state}, but it has {depth} blocks; convert the model again"
+            )
         return VisionConfig(
             kind=kind,
             image_size=keys.get("clip.vision.image_size", int),
@@ -179,13 +189,18 @@ def _image(file: GgufFile, keys: Keys, own: Keys, notes: list[str]) -> ImagePoli
         return from_dict(ImagePolicy, own.values["image"], f"{own.label}: image")
     means = [keys.get(f"clip.vision.image_{name}", list) for name in ("mean", "std")]
     if any(len(values) != 3 for values in means):
-        raise InputError(f"{file.path}: image_mean and image_std need 3 numbers each, not {means}")
+        raise InputError(
+            f"{file.path}: image_mean and image_std need 3 numbers each, not {means}; convert the model again"
+        )
     mean, std = ((shortest(red), shortest(green), shortest(blue)) for red, green, blue in means)
     policy = ImagePolicy("pad", mean, std, pad_color=padding(mean))
     flat = keys.get("clip.vision.image_grid_pinpoints", list, [])
     if flat:
         if len(flat) % 2:
-            raise InputError(f"{file.path}: image_grid_pinpoints has {len(flat)} numbers, which are no pairs")
+            raise InputError(
+                f"{file.path}: image_grid_pinpoints has {len(flat)} numbers, which are no pairs; convert it "
+                "again"
+            )
         merge = keys.get("clip.vision.mm_patch_merge_type", str, "flat")
         if merge not in ("spatial_unpad", "spatial"):
             raise InputError(

@@ -20,16 +20,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from pumice.capability import CHAT, LLAMA, LORA, ROPE_SCALING, Capability, fields
+from pumice.capability import CHAT, LLAMA, Capability, fields
 from pumice.config import (
     ChatFormat,
     ConnectorConfig,
     DecoderConfig,
-    GenerationConfig,
     ImagePolicy,
-    LoraConfig,
     ModelConfig,
-    RopeScaling,
     VisionConfig,
 )
 from pumice.errors import InputError, WorkError
@@ -37,8 +34,9 @@ from pumice.formats import names as tensor_names
 from pumice.formats.families import FAMILIES, INTERLEAVED
 from pumice.formats.gguf.file import GgufFile, kind_name
 from pumice.formats.gguf.library import llama_library
-from pumice.formats.gguf.mmproj import OWN_KEY, own_values
+from pumice.formats.gguf.mmproj import CLASS_TOKENS, OWN_KEY, own_values
 from pumice.formats.gguf.vocab import write_vocabulary
+from pumice.formats.hf.config import WRITTEN
 from pumice.formats.hf.refusal import connector_refusal, tower_refusal
 from pumice.formats.hf.write import as_mlp
 from pumice.formats.text.chat_template_write import jinja_part, quoted, to_jinja
@@ -50,31 +48,28 @@ from pumice.templates import get_template
 
 CAPABILITY = Capability(
     "the GGUF writer",
-    {
+    WRITTEN
+    | {
         ModelConfig: fields(
             "decoder vision connector image template chat stop_token_ids bos_token_id image_wrap generation "
             "lora trained_pictures boxes"
         ),
         DecoderConfig: fields(LLAMA),
-        RopeScaling: fields(ROPE_SCALING),
         VisionConfig: fields(
             "image_size width stride depth heads mlp_width norm_eps layer select activation",
             kind=("clip", "siglip", "none"),
         ),
         ConnectorConfig: fields("kind reduce factor"),
         ImagePolicy: fields("mode mean std resample pad_color several"),
-        GenerationConfig: fields("temperature top_p top_k repetition_penalty"),
         ChatFormat: fields(CHAT),
-        LoraConfig: fields(LORA),
     },
 )
 # llama.cpp's numbers of file types; "keep" may be of several, and is called the usual one of four bits
 TYPES = {
     "f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18, "keep": 15
 }  # fmt: skip
-_BY_LLAMA_CPP = ("q4_k_m", "q5_k_m", "q6_k")  # which nothing else quantises
+BY_LLAMA_CPP = ("q4_k_m", "q5_k_m", "q6_k")  # which nothing else quantises
 TOWER_TYPES = ("f32", "f16", "q8_0")
-CLASS_TOKENS = ("first", "shifted")
 _SENSITIVE = ("token_embd.weight", "output.weight")  # in 8 bits beside q4_0
 _BLOCK = 32  # values that q8_0 and q4_0 quantise together
 _PAD_COLOR = (122, 116, 104)  # llama.cpp's fixed colour
@@ -128,7 +123,7 @@ def write(
             f"class_token shifted is for a CLIP; a tower of kind {model.config.vision.kind!r} has no class "
             "token: leave it out"
         )
-    library = llama_library(f"the GGUF type {kind}") if kind in _BY_LLAMA_CPP else None
+    library = llama_library(f"the GGUF type {kind}") if kind in BY_LLAMA_CPP else None
     model = as_mlp(model)
     config, state, tokenizer = model.config, model.state, model.tokenizer
     # 1. The language model. llama.cpp's quantiser reads a file with the weights as they are stored.
@@ -264,7 +259,8 @@ def _describe_tower(writer: Any, config: ModelConfig, kind: str, class_token: st
         writer.add_uint32(f"clip.vision.{key}", number)
     writer.add_float32("clip.vision.attention.layer_norm_epsilon", vision.norm_eps)
     # Without this key llama.cpp takes the last hidden state or the one before, depending on its version.
-    writer.add_array("clip.vision.feature_layer", [_state_number(config)])
+    # State 0 is that of the embeddings.
+    writer.add_array("clip.vision.feature_layer", [vision.layer % (vision.depth + 1)])
     writer.add_array("clip.vision.image_mean", list(config.image.mean))
     writer.add_array("clip.vision.image_std", list(config.image.std))
     writer.add_string(OWN_KEY, own_values(vision, config.image, config.image_wrap, class_token))
@@ -330,7 +326,8 @@ def _write(path: Path, arch: str, describe: Callable[[Any], None], tensors: Lazy
             row = tensor.shape[-1] // per_block * size
             count = int(np.prod(tensor.shape[:-1])) * row
             shape = tensor.shape if kinds[name] in ("f32", "f16") else (*tensor.shape[:-1], row)
-            writer.add_tensor_info(name, shape, _numpy(kinds[name]), count, raw_dtype=quant)
+            dtype = np.dtype({"f32": np.float32, "f16": np.float16}.get(kinds[name], np.uint8))
+            writer.add_tensor_info(name, shape, dtype, count, raw_dtype=quant)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -369,16 +366,7 @@ def _kind(name: str, tensor: LazyTensor, kind: str) -> str:
     return kind if len(tensor.shape) == 2 and tensor.shape[-1] % _BLOCK == 0 else "f16"
 
 
-def _numpy(kind: str) -> Any:
-    return np.dtype({"f32": np.float32, "f16": np.float16}.get(kind, np.uint8))
-
-
 def _architecture(config: ModelConfig) -> str:
     if config.decoder.qk_norm:
         return "qwen3"
     return "qwen2" if config.decoder.qkv_bias else "llama"
-
-
-def _state_number(config: ModelConfig) -> int:
-    """Return the number of the chosen hidden state; 0 is that of the embeddings."""
-    return config.vision.layer % (config.vision.depth + 1)

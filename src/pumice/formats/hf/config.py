@@ -9,13 +9,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pumice.config import DecoderConfig, ImagePolicy, RopeScaling, VisionConfig, naming
+from pumice.capability import CHAT, LORA, PICTURED, ROPE_SCALING, fields
+from pumice.config import (
+    ChatFormat,
+    DecoderConfig,
+    GenerationConfig,
+    ImagePolicy,
+    LoraConfig,
+    RopeScaling,
+    VisionConfig,
+    naming,
+)
 from pumice.errors import InputError, finite, shorten
 from pumice.formats.families import FAMILIES, TOWERS, Family, check_rotation
 from pumice.formats.recognise import check_classes
 from pumice.storage.json_file import Keys
 
 _Number = TypeVar("_Number", int, float)
+# What every exporter writes of these parts.
+WRITTEN = {
+    RopeScaling: fields(ROPE_SCALING),
+    GenerationConfig: fields("temperature top_p top_k repetition_penalty"),
+    ChatFormat: fields(f"{CHAT} {PICTURED}"),
+    LoraConfig: fields(LORA),
+}
 # transformers' name of a tower's activation -> ours.
 ACTIVATIONS = {
     "quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"

@@ -15,23 +15,20 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from pumice.capability import CHAT, LLAMA, LORA, PICTURED, ROPE_SCALING, Capability, fields
+from pumice.capability import LLAMA, Capability, fields
 from pumice.config import (
     LARGEST_GRID,
-    ChatFormat,
     ConnectorConfig,
     DecoderConfig,
-    GenerationConfig,
     ImagePolicy,
-    LoraConfig,
     ModelConfig,
-    RopeScaling,
     VisionConfig,
 )
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.hf.config import (
     RESAMPLE_NUMBERS,
+    WRITTEN,
     check_unquantised,
     decoder_config,
     image_policy,
@@ -170,7 +167,8 @@ def _check_processor(folder: Path, keys: Keys, config: ModelConfig) -> None:
 
 CAPABILITY = Capability(
     "transformers' Idefics3",
-    {
+    WRITTEN
+    | {
         ModelConfig: fields(
             "decoder vision connector image template chat stop_token_ids bos_token_id generation lora "
             "trained_pictures marks video boxes"
@@ -178,16 +176,12 @@ CAPABILITY = Capability(
         TileMarks: fields("tile row between whole end"),
         VideoPolicy: fields("max_frames fps longest_edge timestamps"),
         DecoderConfig: fields(f"{LLAMA} window_pattern"),
-        RopeScaling: fields(ROPE_SCALING),
         VisionConfig: fields(
             "image_size width stride depth heads mlp_width norm_eps activation",
             kind=("siglip",), layer=(-1,), select=("full",), final_norm=(True,), fractional=(True,),
         ),
         ConnectorConfig: fields("factor", kind=("linear",), reduce=("pixel_shuffle",), bias=(False,)),
         ImagePolicy: fields("mean std resample pad_color several longest_edge", mode=("split", "squash")),
-        GenerationConfig: fields("temperature top_p top_k repetition_penalty"),
-        ChatFormat: fields(f"{CHAT} {PICTURED}"),
-        LoraConfig: fields(LORA),
     },
 )  # fmt: skip
 

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from pumice.capability import CHAT, LLAMA, LORA, PICTURED, ROPE_SCALING, Capability, fields
-from pumice.config import (
-    ChatFormat,
-    ConnectorConfig,
-    DecoderConfig,
-    GenerationConfig,
-    ImagePolicy,
-    LoraConfig,
-    ModelConfig,
-    RopeScaling,
-    VisionConfig,
-)
+from pumice.capability import LLAMA, Capability, fields
+from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, ModelConfig, VisionConfig
 from pumice.formats.hf import idefics3
-from pumice.formats.hf.config import padding
+from pumice.formats.hf.config import WRITTEN, padding
 from pumice.media import VideoPolicy
 
 # Our name of an activation -> transformers'.
@@ -33,13 +23,8 @@ _GEMMA2 = Capability(
         )
     },
 )
-_QWEN = Capability(
-    "Qwen in transformers",
-    {DecoderConfig: fields(f"{LLAMA} window_pattern"), RopeScaling: fields(ROPE_SCALING)},
-)
-_LLAMA = Capability(
-    "Llama in transformers", {DecoderConfig: fields(LLAMA), RopeScaling: fields(ROPE_SCALING)}
-)
+_QWEN = Capability("Qwen in transformers", WRITTEN | {DecoderConfig: fields(f"{LLAMA} window_pattern")})
+_LLAMA = Capability("Llama in transformers", WRITTEN | {DecoderConfig: fields(LLAMA)})
 _DECODERS = (_LLAMA, _QWEN, _GEMMA2)
 
 
@@ -47,13 +32,13 @@ def capability(consumer: str) -> Capability:
     """Return what a LLaVA is written with; `text_refusal` sees to the decoder."""
     return Capability(
         consumer,
-        {
+        WRITTEN
+        | {
             ModelConfig: fields(
                 "decoder vision connector image template chat stop_token_ids bos_token_id image_wrap "
                 "generation lora trained_pictures video boxes"
             ),
             DecoderConfig: {name: None for decoder in _DECODERS for name in decoder.fields[DecoderConfig]},
-            RopeScaling: fields(ROPE_SCALING),
             VisionConfig: fields(
                 "image_size width stride depth heads mlp_width norm_eps layer select",
                 kind=("clip", "siglip"),
@@ -65,9 +50,6 @@ def capability(consumer: str) -> Capability:
                 mode=("pad", "crop", "squash", "anyres"),
             ),
             VideoPolicy: fields("max_frames", pool=(2,), average=(True, False)),
-            GenerationConfig: fields("temperature top_p top_k repetition_penalty"),
-            ChatFormat: fields(f"{CHAT} {PICTURED}"),
-            LoraConfig: fields(LORA),
         },
     )
 

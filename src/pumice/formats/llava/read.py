@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, VisionConfig
-from pumice.errors import InputError
+from pumice.errors import CAUSE, InputError, wrong_input
 from pumice.formats import names as tensor_names
 from pumice.formats.components import describe_tower, open_llm, open_tower, tower_state
 from pumice.formats.families import FAMILIES, model_type
@@ -226,7 +226,7 @@ def _tower(
 ) -> tuple[VisionConfig, ImagePolicy, LazyStateDict, Path]:
     """Return the tower's config and image policy, its state ({} if `tensors` have it), and its path."""
     # 1. If the folder holds the tower's weights, only its config is fetched.
-    try:
+    with wrong_input(InputError, f"the vision tower of {keys.label}: {CAUSE} (or name one with --tower)"):
         if has_tower:
             path = locate(source, ["config.json", "preprocessor_config.json"])
             vision, policy = describe_tower(path)
@@ -235,8 +235,6 @@ def _tower(
             opened = open_tower(source)
             vision, policy, path = opened.config, opened.policy, opened.path
             state = {f"tower.{name}": tensor for name, tensor in opened.state.items()}
-    except InputError as error:
-        raise InputError(f"the vision tower of {keys.label}: {error} (or name one with --tower)") from error
     # 2. The config must fit the tower, and says which of its features are used.
     if (width := keys.get("mm_hidden_size", int, vision.width)) != vision.width:
         raise InputError(
@@ -299,7 +297,10 @@ def _pinpoints(keys: Keys, size: int) -> tuple[tuple[int, int], ...]:
     the two.
     """
     value = keys.get("image_grid_pinpoints", object)
-    try:
+    with wrong_input(
+        (ValueError, TypeError, SyntaxError),
+        f"{keys.label}: image_grid_pinpoints is {value!r}, not a list of [width, height]",
+    ):
         if isinstance(value, str) and (match := re.fullmatch(r"\((\d)x(\d)\),\.\.\.,\((\d)x(\d)\)", value)):
             first, second, third, last = map(int, match.groups())
             return tuple(
@@ -307,7 +308,3 @@ def _pinpoints(keys: Keys, size: int) -> tuple[tuple[int, int], ...]:
             )
         pairs: Any = ast.literal_eval(value) if isinstance(value, str) else value
         return tuple((int(width), int(height)) for width, height in pairs)
-    except (ValueError, TypeError, SyntaxError) as error:
-        raise InputError(
-            f"{keys.label}: image_grid_pinpoints is {value!r}, not a list of [width, height]"
-        ) from error

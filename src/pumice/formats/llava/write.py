@@ -10,11 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pumice.capability import LLAMA, ROPE_SCALING, Capability, fields
-from pumice.config import DecoderConfig, ImagePolicy, ModelConfig, RopeScaling, VisionConfig
+from pumice.capability import LLAMA, Capability, fields
+from pumice.config import DecoderConfig, ImagePolicy, ModelConfig, VisionConfig
 from pumice.formats import names as tensor_names
 from pumice.formats.families import FAMILIES
-from pumice.formats.hf.config import padding
+from pumice.formats.hf.config import WRITTEN, padding
 from pumice.formats.hf.refusal import capability, image_kind, text_refusal, tower_refusal
 from pumice.formats.hf.write import (
     anyres_max,
@@ -32,7 +32,7 @@ from pumice.storage.tensors import LazyStateDict, write_weights
 
 TOWER = "vision_tower"  # the folder beside the weights
 CAPABILITY = capability("the original code")
-DECODER = Capability("the original code", {DecoderConfig: fields(LLAMA), RopeScaling: fields(ROPE_SCALING)})
+DECODER = Capability("the original code", WRITTEN | {DecoderConfig: fields(LLAMA)})
 # (kind, width, depth, patch size, image size) -> the published tower that the original code can build.
 _PUBLISHED = {
     ("clip", 1024, 24, 14, 336): "openai/clip-vit-large-patch14-336",

@@ -28,7 +28,7 @@ from typing import Any
 from torch import Tensor
 
 from pumice.config import DecoderConfig, ModelConfig, as_stored
-from pumice.errors import InputError, WorkError
+from pumice.errors import CAUSE, InputError, WorkError, wrong_input
 from pumice.files import Lock, make_readable, sync
 from pumice.formats.efficientnet_lite import open_efficientnet_lite
 from pumice.formats.gguf.llm import open_gguf
@@ -228,12 +228,10 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
     if not nearest.is_dir():
         name = "of that name" if nearest == target else f"'{nearest}'"
         raise InputError(f"cannot write the model folder {folder}: a file {name} is in the way")
-    try:
+    with wrong_input(OSError, f"cannot write the model folder {folder}: {CAUSE}"):
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
         scratch = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
-    except OSError as error:
-        raise InputError(f"cannot write the model folder {folder}: {error.strerror}") from error
     with scratch as name, Lock(Path(name) / LOCK) as lock:
         lock.acquire()  # says to others, where the file system has locks, that this folder is in use
         fresh, old = Path(name) / "new", Path(name) / "old"

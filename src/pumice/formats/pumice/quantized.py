@@ -142,8 +142,12 @@ def _too_large(size: int, limit: float, folder: Path) -> str | None:
 
 def _announcement(label: str, size: int, state: LazyStateDict, folder: Path) -> str:
     """Say what is stored, and what it loses."""
+    before = sum(tensor.stored_bytes for tensor in state.values() if tensor.blocks is not None)
     changes = rounded(state)
-    return f"{label} is converted once, to {size / 1e9:.2f} GB in {folder}{changes and f'; {changes}'}"
+    return (
+        f"{label} is converted once, from {before / 1e9:.2f} to {size / 1e9:.2f} GB in "
+        f"{folder}{changes and f'; {changes}'}"
+    )
 
 
 def rounded(state: LazyStateDict) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pumice.config import ChatFormat
 from pumice.conversation import IMAGE_PLACEHOLDER, Conversation, ImagePart, Message
-from pumice.errors import InputError
+from pumice.errors import CAUSE, wrong_input
 from pumice.formats.text.jinja import ANSWERS, QUESTIONS, SYSTEM, Jinja, Turn, Unsupported
 from pumice.templates import CALL, OWN, RESULT, TEMPLATES, Template, call_text, result_text, tools_text
 
@@ -42,7 +42,11 @@ def describe(source: str, *, bos: str | None, eos: str | None, specials: Collect
     wrote, call `isolated.describe`.
     """
     special_tokens = list(dict.fromkeys([*specials, *filter(None, (bos, eos))]))
-    try:
+    with wrong_input(
+        Unsupported,
+        f"this chat template cannot be turned into fixed texts around each turn ({CAUSE}); "
+        f"name the format with --template, one of: {', '.join(TEMPLATES)}",
+    ):
         jinja = Jinja(source, bos, eos, special_tokens)
         writes_bos = bool(bos) and jinja.raw([QUESTIONS[0]]).startswith(bos or "")
         # 1. One of Pumice's own formats, if it writes the same.
@@ -60,11 +64,6 @@ def describe(source: str, *, bos: str | None, eos: str | None, specials: Collect
                 return Described(OWN, replace(chat, tools=tools), writes_bos)
             reasons.append(reason)
         raise Unsupported(reasons[0] if reasons else "its questions do not all begin with the same text")
-    except Unsupported as error:
-        raise InputError(
-            f"this chat template cannot be turned into fixed texts around each turn ({error}); "
-            f"name the format with --template, one of: {', '.join(TEMPLATES)}"
-        ) from error
 
 
 def image_wrap(

@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 
 from pumice.config import ChatFormat, ModelConfig
-from pumice.errors import InputError, shorten
+from pumice.errors import CAUSE, InputError, shorten, wrong_input
 from pumice.formats.text.chat_template import Described
 from pumice.formats.text.files import TokenizerFiles
 from pumice.formats.text.isolated import describe, image_wrap
@@ -56,10 +56,8 @@ class TextSide:
         tokens.check_rows(parts["decoder"].vocab_size, f"{label}: ")
         # An answer ends with the tokens that the model's files name, and with those that its chat format
         # writes.
-        try:
+        with wrong_input(InputError, f"{label} does not suit the template {name!r}: {CAUSE}"):
             stops = tokens.stops(get_template(name, chat))
-        except InputError as error:
-            raise InputError(f"{label} does not suit the template {name!r}: {error}") from error
         config = ModelConfig(
             **parts,
             template=name,

@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from pumice.errors import InputError
+from pumice.errors import CAUSE, InputError, wrong_input
 
 # Kinds of piece; GGUF has the same numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -43,25 +43,22 @@ class SentencePiece:
     @classmethod
     def read(cls, path: str | Path) -> SentencePiece:
         """Read a file. Raises InputError if it is no SentencePiece model, or damaged."""
-        try:
+        with wrong_input(OSError, f"{path} cannot be read: {CAUSE}"):
             data = Path(path).read_bytes()
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}") from error
         return cls.from_bytes(data, str(path))
 
     @classmethod
     def from_bytes(cls, data: bytes, path: str) -> SentencePiece:
         """Read the bytes of a file. `path` names it in errors."""
         # Fields of the model: 1 is a piece, 2 the trainer's settings, 3 the normalizer's.
-        try:
+        with wrong_input(
+            (ValueError, TypeError, struct.error),
+            f"{path} is no SentencePiece model, or damaged ({CAUSE}); copy it again",
+        ):
             fields = list(_fields(data))
             pieces = [_piece(value) for number, value in fields if number == 1]
             trainer = {number: value for spec in _all(fields, 2) for number, value in _fields(spec)}
             normalizer = {number: value for spec in _all(fields, 3) for number, value in _fields(spec)}
-        except (ValueError, TypeError, struct.error) as error:
-            raise InputError(
-                f"{path} is no SentencePiece model, or damaged ({error}); copy it again"
-            ) from error
         if not pieces or not trainer or not normalizer:
             raise InputError(f"{path} is no whole SentencePiece model; copy it again")
         return cls(

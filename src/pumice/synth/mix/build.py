@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pumice import __version__
-from pumice.errors import InputError, official
+from pumice.errors import InputError, check_known, official
 from pumice.files import replacing, sha256
 from pumice.storage.yaml_file import read_yaml
 from pumice.synth.checks import conversations
@@ -68,8 +68,7 @@ def load(path: Path) -> Mix:
 
 
 def _files(source: MixSource, recipe: Path) -> dict[str, list[Path]]:
-    if source.task not in READERS:
-        raise InputError(f"{recipe}: there is no task '{source.task}'; use one of {', '.join(READERS)}")
+    check_known(source.task, READERS, f"{recipe}: there is no task '{source.task}'")
     reader = READERS[source.task]
     files = {role: f if isinstance(f, list) else [f] for role, f in source.files.items()}
     if missing := [role for role in reader.needs if not files.get(role)]:

@@ -236,10 +236,8 @@ def loss_of(model: Llava, recipe: Recipe, config: ModelConfig, pack: PackShape) 
         # A frozen tower's features come from outside the step; one that learns runs here, with a graph.
         if pack.tiles:
             with torch.set_grad_enabled(learns):
-                features = _features(model, config, pack.tiles, learns)
-            weight = next(model.connector.parameters(), None)
-            connected = model.connector(features if weight is None else features.to(weight.dtype))
-            image_tokens = connected.flatten(0, 1)[: pack.image_tokens]
+                features = model.for_connector(_features(model, config, pack.tiles, learns))
+            image_tokens = model.connector(features).flatten(0, 1)[: pack.image_tokens]
         x = model.place(ids, image_tokens)
         attend = PackedAttention(pack.runs, config.decoder, x.device)
         rows = torch.zeros(pack.supervised, dtype=torch.int64)
