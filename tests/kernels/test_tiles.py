@@ -49,6 +49,13 @@ def test_equals_pytorch(bound: float, tiles: int, patches: int, heads: int, size
     assert (y - expected).norm() <= bound * max(1.0, factor / 3) * expected.norm()
 
 
+def test_a_number_that_is_none_is_not_hidden(bound: float) -> None:
+    q, k, v = random(1, 50, 2 * 32)
+    k.view(torch.int32)[0, 7, 3] = 0x7FC00001  # NaN in the first head
+    y = attend_tiles(q, k, v, 2)
+    assert y[..., :32].isnan().all() and not y[..., 32:].isnan().any()
+
+
 def test_a_tile_and_a_patch_do_not_depend_on_others_or_on_threads(
     bound: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

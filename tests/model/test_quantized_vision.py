@@ -157,6 +157,11 @@ def test_a_tower_without_values_is_counted_and_not_computed() -> None:
 def test_an_edited_activation_function_is_kept() -> None:
     mlp = quantized(random_tower("clip")).blocks[0].mlp
     x = torch.randn(1, 5, 96, generator=torch.Generator().manual_seed(0))
+    seen: list[Tensor] = []
+    hook = mlp.up.register_forward_hook(lambda layer, args, y: seen.append(y))
+    mlp(x)
+    assert torch.equal(seen[0], mlp.up(x))
+    hook.remove()
     mlp.activation = torch.relu
     assert torch.equal(mlp(x), mlp.down(torch.relu(mlp.up(x))))
 

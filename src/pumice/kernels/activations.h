@@ -33,11 +33,13 @@ static inline Activations activations_in(void *memory, int64_t rows, int64_t inp
     return (Activations){(int8_t *)(sums + groups), scales, sums, share};
 }
 
-static inline void quantize_row(const float *x, int64_t inputs, int64_t row, const Activations *to) {
-    int8_t *numbers = to->numbers + row * inputs;
-    float *scales = to->scales + row * inputs / GROUP;
-    int16_t *sums = to->sums + row * inputs / GROUP;
-    for (int64_t first = 0; first < inputs / GROUP; first += to->share) {
+/* Round `groups` groups, which begin at x, to numbers [32 begin, ...) of row `row`. Both are multiples of the share. */
+static inline void quantize_groups(const float *x, int64_t inputs, int64_t row, int64_t begin, int64_t groups,
+                                   const Activations *to) {
+    int8_t *numbers = to->numbers + row * inputs + begin * GROUP;
+    float *scales = to->scales + row * inputs / GROUP + begin;
+    int16_t *sums = to->sums + row * inputs / GROUP + begin;
+    for (int64_t first = 0; first < groups; first += to->share) {
         const int64_t last = first + to->share;
         int32_t most = 0;
         for (int64_t g = first; g < last; g++) {
@@ -62,5 +64,9 @@ static inline void quantize_row(const float *x, int64_t inputs, int64_t row, con
             sums[g] = (int16_t)sum;
         }
     }
+}
+
+static inline void quantize_row(const float *x, int64_t inputs, int64_t row, const Activations *to) {
+    quantize_groups(x, inputs, row, 0, inputs / GROUP, to);
 }
 #endif

@@ -82,58 +82,81 @@ static Head head_in(float *memory, const Task *task) {
     return (Head){keys, values, queries, queries + ROWS * task->padded, memory};
 }
 
+#define SOON 8 /* rows: fetched so far ahead, as each lies in other memory than the one before */
+
+INLINE void fetch(const float *row, int64_t size) {
+    for (int64_t i = 0; i < size; i += 16) __builtin_prefetch(row + i);
+}
+
 /* A padded row (d') of numbers, from a head's vector (d). */
 INLINE void make_row(const Task *task, const float *from, float factor, number *to) {
-    for (int64_t i = 0; i < task->padded; i += LANES) {
-        float part[LANES];
-        for (int64_t n = 0; n < LANES; n++) part[n] = i + n < task->size ? from[i + n] * factor : 0;
-        narrow(part, to + i);
+    int64_t i = 0;
+    for (; i + LANES <= task->size; i += LANES) {
+        const vector part = load(from + i) * factor;
+        narrow((const float *)&part, to + i);
     }
+    if (i == task->padded) return;
+    float part[LANES] = {0};
+    for (int64_t n = 0; i + n < task->size; n++) part[n] = from[i + n] * factor;
+    narrow(part, to + i);
 }
 
 /* Lay out the keys and values of a head. What pads them is zeros. */
 static void lay_out(const Task *task, const float *keys, const float *values, const Head *head) {
     const int64_t stride = task->heads * task->size, padded = task->padded;
-    number *row = head->queries;
     memset(head->keys, 0, 2 * task->longest * padded * sizeof(number));
-    for (int64_t t = 0; t < task->patches; t++) {
-        number *key = head->keys + (t / PANEL * padded * PANEL) + t % PANEL * STEP;
-        number *value = head->values + t / STEP * STEP * padded + t % STEP;
-        make_row(task, keys + t * stride, 1, row);
-        for (int64_t i = 0; i < padded; i += STEP) memcpy(key + i * PANEL, row + i, STEP * sizeof *row);
-        make_row(task, values + t * stride, 1, row);
-        for (int64_t i = 0; i < padded; i++) value[i * STEP] = row[i];
+    for (int64_t t = 0; t < task->patches; t += STEP) {
+        number *rows = head->queries, *value = head->values + t * padded;
+        for (int64_t n = SOON; n < SOON + STEP; n++) {
+            fetch(keys + (t + n) * stride, task->size);
+            fetch(values + (t + n) * stride, task->size);
+        }
+        for (int64_t n = 0; n < STEP && t + n < task->patches; n++) {
+            number *key = head->keys + ((t + n) / PANEL * padded * PANEL) + (t + n) % PANEL * STEP;
+            make_row(task, keys + (t + n) * stride, 1, rows);
+            for (int64_t i = 0; i < padded; i += STEP) memcpy(key + i * PANEL, rows + i, STEP * sizeof *rows);
+        }
+        for (int64_t n = 0; n < STEP; n++)
+            if (t + n < task->patches) make_row(task, values + (t + n) * stride, 1, rows + n * padded);
+            else memset(rows + n * padded, 0, padded * sizeof *rows);
+        for (int64_t i = 0; i < padded; i++)
+            for (int64_t n = 0; n < STEP; n++) value[i * STEP + n] = rows[n * padded + i];
     }
 }
 
 /* `rows` queries of a head. q, y: of its first one. */
 INLINE void attend_rows(const int rows, const Task *task, const float *q, float *y, const Head *head) {
     const int64_t stride = task->heads * task->size, padded = task->padded, count = task->patches;
-    const float scale = 1 / sqrtf(task->size);
+    const float scale = 1.44269504f / sqrtf(task->size);
     vector sums[ROWS][WIDE];
 
     /* 1. Scores. */
-    for (int r = 0; r < rows; r++) make_row(task, q + r * stride, scale, head->queries + r * padded);
+    for (int r = 0; r < rows; r++) {
+        make_row(task, q + r * stride, scale, head->queries + r * padded);
+        fetch(q + (r + ROWS) * stride, task->size);
+    }
     for (int64_t t = 0; t < count; t += PANEL) {
         multiply(rows, WIDE, head->queries, padded, head->keys + t * padded, PANEL, padded / STEP, sums);
         for (int r = 0; r < rows; r++) memcpy(head->scores + r * task->longest + t, sums[r], sizeof sums[r]);
     }
 
-    /* 2. Softmax. */
+    /* 2. Softmax, of base 2: queries are multiplied by log2(e). */
     float totals[ROWS];
     for (int r = 0; r < rows; r++) {
-        float *row = head->scores + r * task->longest, most = -INFINITY, sum = 0;
+        float *row = head->scores + r * task->longest, most = -INFINITY;
         number *weights = head->weights + r * task->longest;
 #pragma omp simd reduction(max : most)
         for (int64_t n = 0; n < count; n++) most = row[n] > most ? row[n] : most;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t n = 0; n < count; n++) {
-            row[n] = exp_negative(row[n] - most);
-            sum += row[n];
+        for (int64_t n = count; n % LANES; n++) row[n] = -INFINITY;
+        vector sum = {0};
+        for (int64_t n = 0; n < count; n += LANES) {
+            float part[LANES];
+#pragma omp simd
+            for (int64_t i = 0; i < LANES; i++) part[i] = exp2_negative(row[n + i] - most);
+            sum += load(part);
+            narrow(part, weights + n);
         }
-        for (int64_t n = count; n % LANES; n++) row[n] = 0;
-        for (int64_t n = 0; n < count; n += LANES) narrow(row + n, weights + n);
-        totals[r] = sum;
+        totals[r] = total(sum);
     }
 
     /* 3. Values. */

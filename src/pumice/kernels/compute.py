@@ -28,7 +28,7 @@ _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in 
 LARGEST = torch.finfo(torch.float16).max  # scales have 16 bits; quantize.c has the same bound
 _CHUNK = 1 << 21  # weights that PyTorch quantises at a time
 # Activation functions of vision transformers, as in linear.c.
-_ACTIVATION_CODES = {None: 0, "quick_gelu": 1, "gelu": 2, "gelu_tanh": 3}
+_ACTIVATION_CODES = {"quick_gelu": 0, "gelu": 1, "gelu_tanh": 2}
 # The kernels with an instruction that multiplies and adds bytes by fours, several times as fast as fp32.
 _FAST_KERNELS = ("AVX-512 VNNI", "AVX-VNNI", "NEON dot product")
 # A group's range is divided into 15 + n steps, for each n of these. The n with the smallest error wins.
@@ -85,38 +85,74 @@ def can_multiply(x: Tensor) -> bool:
     return type(x) is Tensor and x.device.type == "cpu" and not x.requires_grad and library() is not None
 
 
-def linear(
-    x: Tensor, packed: PackedMatrix, bias: Tensor | None = None, activation: str | None = None
-) -> Tensor:
+def linear(x: Tensor, packed: PackedMatrix, bias: Tensor | None = None) -> Tensor:
     """Return x (..., K) times the matrix plus the bias (N,): (..., N), in the type of x.
 
     On a CPU the product is one of integers: activations are rounded to 8 bits, with a scale for each 32
     (beside Q4_K: for each 256). A row of the result depends only on that row of x. On other devices, and if x
     needs a gradient, the weights are restored first. x may lack less than a group of the matrix's inputs:
-    they are zeros. activation: "quick_gelu", "gelu" or "gelu_tanh" of x first, only where `can_multiply`.
-    Raise WorkError if C cannot allocate its buffers.
+    they are zeros. Raise WorkError if C cannot allocate its buffers.
     """
-    width = x.shape[-1]
-    if not 0 <= packed.inputs - width < GROUP:
-        raise ValueError(f"rows of {width} activations do not fit a matrix of {packed.inputs} inputs")
+    _check_width(x.shape[-1], packed)
     if not can_multiply(x):
-        if activation is not None:
-            raise ValueError(f"the activation {activation!r} is only computed by compiled code")
         return _restored_linear(x, packed, bias)
     code = library()
     assert code is not None
-    rows = x.detach().reshape(-1, width).to(torch.float32).contiguous()
+    rows, bias = _rows(x), _fp32(bias)
     y = torch.empty(len(rows), packed.outputs)
     if len(rows):
-        bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
         error = code.pumice_linear(
-            ctypes.byref(packed_struct(packed, bias)), ctypes.c_int64(len(rows)), ctypes.c_int64(width),
-            ctypes.c_void_p(rows.data_ptr()), _ACTIVATION_CODES[activation], ctypes.c_void_p(y.data_ptr()),
-            torch.get_num_threads(),
+            ctypes.byref(packed_struct(packed, bias)), *map(ctypes.c_int64, rows.shape),
+            ctypes.c_void_p(rows.data_ptr()), ctypes.c_void_p(y.data_ptr()), torch.get_num_threads(),
         )  # fmt: skip
         if error:
             raise WorkError(f"no memory is left for {len(rows)} rows of {packed.inputs} activations")
     return y.view(*x.shape[:-1], packed.outputs).to(x.dtype)
+
+
+def mlp(
+    x: Tensor,
+    up: PackedMatrix,
+    up_bias: Tensor | None,
+    down: PackedMatrix,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Return down(activation(up(x))), as two calls of `linear` do, where `can_multiply`.
+
+    What is between the products stays in the processor's cache. down: not in Q4_K. activation: "quick_gelu",
+    "gelu" or "gelu_tanh". Raise WorkError if C cannot allocate its buffers.
+    """
+    if down.kind is BlockFormat.Q4_K:  # whose activations share scales beyond the outputs at hand
+        raise ValueError("the second matrix of an MLP cannot be in Q4_K")
+    _check_width(x.shape[-1], up)
+    _check_width(up.outputs, down)
+    code = library()
+    assert code is not None
+    rows, up_bias, down_bias = _rows(x), _fp32(up_bias), _fp32(down_bias)
+    y = torch.empty(len(rows), down.outputs)
+    if len(rows):
+        error = code.pumice_mlp(
+            ctypes.byref(packed_struct(up, up_bias)), ctypes.byref(packed_struct(down, down_bias)),
+            *map(ctypes.c_int64, rows.shape), ctypes.c_void_p(rows.data_ptr()), _ACTIVATION_CODES[activation],
+            ctypes.c_void_p(y.data_ptr()), torch.get_num_threads(),
+        )  # fmt: skip
+        if error:
+            raise WorkError(f"no memory is left for an MLP of {down.inputs} activations")
+    return y.view(*x.shape[:-1], down.outputs).to(x.dtype)
+
+
+def _check_width(width: int, packed: PackedMatrix) -> None:
+    if not 0 <= packed.inputs - width < GROUP:
+        raise ValueError(f"rows of {width} activations do not fit a matrix of {packed.inputs} inputs")
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.detach().reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
+
+
+def _fp32(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach().to(torch.float32).contiguous()
 
 
 def quantize(weight: Tensor, kind: BlockFormat, name: str = "a matrix") -> PackedMatrix:

@@ -45,9 +45,10 @@ INLINE void block(const int kind, const int rows, const int tiles, const Packed 
     float sums[ROWS * WIDE * TILE];
     const int64_t column = tile * TILE, left = w->outputs - column;
     const int64_t count = left < tiles * TILE ? left : tiles * TILE;
-    for (int r = 0; r < rows; r++)
-        for (int64_t c = 0; c < tiles * TILE; c++)
-            sums[r * tiles * TILE + c] = (first || add) && c < count ? y[(row + r) * stride + column + c] : 0;
+    memset(sums, 0, rows * tiles * TILE * sizeof *sums);
+    if (first || add) /* y is read only where it is needed: it is seldom in the cache */
+        for (int r = 0; r < rows; r++)
+            for (int64_t c = 0; c < count; c++) sums[r * tiles * TILE + c] = y[(row + r) * stride + column + c];
     const uint8_t *data = w->data + tile * tile_bytes(kind, w->inputs);
     multiply(kind, rows, tiles, data, unpacked, w->inputs, x, row, first, last, sums);
     const float *bias = last * GROUP == w->inputs ? w->bias : 0;

@@ -79,4 +79,23 @@ static inline float exp_negative(float x) {
     memcpy(&power, &bits, sizeof power);
     return (sum * rest * rest + rest + 1) * power;
 }
+
+/* 2^x for x <= 0, to 3e-7 of it (a minimax polynomial), and 2^-126 below that. NaN stays NaN. */
+static inline float exp2_negative(float x) {
+    x = x < -126 ? -126 : x;
+    const float shift = 12582912; /* 1.5 * 2^23: adding it rounds to a whole number, in the lowest bits */
+    float shifted = x + shift, rest = x - (shifted - shift);
+    float sum = 1.327637926e-3f;
+    sum = sum * rest + 9.675510101e-3f;
+    sum = sum * rest + 5.550713267e-2f;
+    sum = sum * rest + 2.402212032e-1f;
+    sum = sum * rest + 6.931469673e-1f;
+    sum = sum * rest + 1.000000072f;
+    uint32_t bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return sum * power;
+}
 #endif

@@ -126,19 +126,21 @@ class Causal:
         return sdpa(q, k, v, mask[:, None], softcap=softcap)
 
 
+def edited(layer: nn.Module, *kinds: type[nn.Module]) -> str | None:
+    """Return how a layer differs from a plain one of these classes, None if it does not."""
+    if type(layer) not in kinds:
+        return f"is a {type(layer).__name__}"
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return "has hooks"
+    return "has a forward of its own" if "forward" in vars(layer) else None
+
+
 def check_unedited(name: str, layer: nn.Module, *kinds: type[nn.Module]) -> None:
     """Raise InputError if a layer that will be replaced is of none of these classes, or was edited.
 
     What replaces it takes over its weight alone: whatever else it computes would be lost.
     """
-    what = None
-    if type(layer) not in kinds:
-        what = f"is a {type(layer).__name__}"
-    elif layer._forward_hooks or layer._forward_pre_hooks:
-        what = "has hooks"
-    elif "forward" in vars(layer):
-        what = "has a forward of its own"
-    if what is not None:
+    if (what := edited(layer, *kinds)) is not None:
         raise InputError(
             f"the decoder's {name} {what}, which would be lost where layers are replaced; edit the decoder "
             "afterwards"

@@ -42,9 +42,8 @@ class PackedLinear(nn.Module):
     def packed(self) -> PackedMatrix:
         return PackedMatrix(self.kind, self.out_features, self._padded, self.data)
 
-    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
-        """activation: of x first, as for `linear`."""
-        return linear(x, self.packed, self.bias, activation)
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.packed, self.bias)
 
 
 class PackedEmbedding(nn.Module):

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from pumice.config import VisionConfig
 from pumice.errors import InputError
 from pumice.kernels.attention import attend_tiles
-from pumice.kernels.compute import can_multiply
-from pumice.model.layers import gelu_tanh, sdpa
+from pumice.kernels.compute import can_multiply, mlp
+from pumice.model.layers import edited, gelu_tanh, sdpa
 from pumice.model.quantized import PackedLinear
 from pumice.model.transfer import numbers_on
 
@@ -97,17 +97,18 @@ class ViTAttention(nn.Module):
 class ViTMLP(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.up = WideningLinear(config.width, config.mlp_width)
+        self.up: nn.Linear | PackedLinear = WideningLinear(config.width, config.mlp_width)
         self.down: nn.Linear | PackedLinear = WideningLinear(config.mlp_width, config.width)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
-        # Compiled code reads x once for both. A function that was replaced has no name there.
-        name = next((name for name, function in ACTIVATIONS.items() if function is self.activation), None)
-        if name is not None and isinstance(self.down, PackedLinear) and can_multiply(x):
-            return self.down(x, name)
-        return self.down(self.activation(x))
+        up, down = self.up, self.down
+        if isinstance(up, PackedLinear) and isinstance(down, PackedLinear) and can_multiply(x):
+            # Compiled code runs both products together. A function that was replaced has no name there.
+            name = next((name for name, function in ACTIVATIONS.items() if function is self.activation), None)
+            if name is not None and edited(up, PackedLinear) is None and edited(down, PackedLinear) is None:
+                return mlp(x, up.packed, up.bias, down.packed, down.bias, name)
+        return down(self.activation(up(x)))
 
 
 class ViTBlock(nn.Module):
