@@ -110,6 +110,21 @@ def test_another_model(models: ModuleType, checked: Checked) -> None:
     assert stages(report)["decoder"] is False
 
 
+def test_another_model_may_lack_the_tokens_of_the_answer(models: ModuleType) -> None:
+    program = parity.InPumice("other", lambda: models.assistant(tiny(models)), 3)
+    larger = parity.Trace(1, (9999,), (1,), logprobs=torch.zeros(2, 10_000))
+    trace = program.trace(parity.CheckQuestion("What?"), larger)
+    assert trace.shared is None
+    assert parity.first_parting(parity.compare(larger, trace, 0.1, str)[1:]) == "decoder"
+
+
+def test_llama_cpp_runs_no_folder_without_gguf(tiny_folder: Path) -> None:
+    options = ["check", str(tiny_folder), "--against", str(tiny_folder), "--llama-cpp"]
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 2
+    assert "holds no GGUF file; give a .gguf file" in result.stderr
+
+
 @needs_llama_cpp
 @pytest.mark.parametrize(
     ("part", "parting"), [("SigLIP + Qwen2", None), ("SigLIP + SmolLM2", None), ("LLaVA 1.5", "tower")]

@@ -112,9 +112,11 @@ class InPumice:
         else:
             written = first.written
         ids = tuple(prompt.input_ids.tolist())
-        logprobs, shared = self._logprobs(ids, image_tokens, written), None
         config = self.assistant.model.config.decoder
-        if first is not None and _fits(first, config.vocab_size, config.width):
+        fits = first is None or _fits(first, config.vocab_size, config.width)
+        # Another vocabulary may lack the tokens of the first one's answer.
+        logprobs, shared = self._logprobs(ids, image_tokens, written if fits else ()), None
+        if first is not None and fits:
             shared = self._logprobs(first.ids or (), first.image_tokens, written)
         words = tuple(map(self._words, logprobs))
         return Trace(len(ids), written, ids, image_tokens, logprobs, shared, words)
@@ -169,8 +171,10 @@ class InLlamaCpp:
                 pieces.append(self._llama.ids(piece, first=not ids))
                 ids += pieces[-1]
         seen_pieces = [piece for piece in pieces if isinstance(piece, Tensor)]
-        logprobs, shared = self._llama.logits(pieces, first.written).log_softmax(-1), None
-        if _fits(first, self._llama.rows, self._llama.width):
+        fits = _fits(first, self._llama.rows, self._llama.width)
+        written = first.written if fits else ()  # another vocabulary may lack these tokens
+        logprobs, shared = self._llama.logits(pieces, written).log_softmax(-1), None
+        if fits:
             shared = self._llama.logits(_pieces(first), first.written).log_softmax(-1)
         image_tokens = torch.cat(seen_pieces) if seen_pieces else None
         return Trace(len(ids), first.written, tuple(ids), image_tokens, logprobs, shared)

@@ -71,6 +71,8 @@ def gguf_files(path: Path, mmproj: Path | None) -> tuple[GgufFile, GgufFile | No
                 f"--mmproj {mmproj} is no mmproj: its general.architecture is {architecture!r}, not "
                 f"{ARCHITECTURE!r}; give the smaller file, whose name usually has mmproj in it"
             )
+    if not files:
+        raise InputError(f"{path} holds no GGUF file; give a .gguf file, or a folder that holds one")
     if not models:
         raise InputError(
             f"{files[0].path} is an mmproj, the half of a model that sees, without a language model; give "
