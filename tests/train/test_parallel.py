@@ -16,6 +16,7 @@ from pumice.data.rows import ImageFinder, Rows
 from pumice.errors import InputError
 from pumice.train.loop import Trainer
 from pumice.train.parallel import World
+from pumice.train.plan.estimate import plan
 from pumice.train.recipe import Recipe, load_recipe
 from pumice.train.setup import prepare
 
@@ -93,6 +94,12 @@ def test_what_cannot_be_sharded_is_refused(changes: dict[str, Any], message: str
     world = World(0, 2, 0, "fsdp")
     with pytest.raises(InputError, match=message):
         world.choose_kind(recipe(**changes), 1e9, torch.device("cpu"))
+
+
+def test_a_plan_refuses_what_cannot_be_sharded() -> None:
+    path = Path(__file__).parents[2] / "recipes/llava-1.5/2-qlora-7b.yaml"
+    with pytest.raises(InputError, match="base: nf4 cannot be sharded"):
+        plan(load_recipe(path, ["parallel=fsdp", "pack_tokens=1024"]), path, gpu="a100-80g", processes=8)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

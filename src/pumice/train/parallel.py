@@ -38,6 +38,14 @@ MAX_COPY_SHARE = 0.6
 WAIT = datetime.timedelta(hours=12)
 
 
+def check_shardable(recipe: Recipe) -> None:
+    """Raise InputError if shards cannot hold what the recipe asks for."""
+    if recipe.optimizer == "adamw8bit":
+        raise InputError("optimizer: adamw8bit keeps its states whole; use parallel: ddp, or adamw")
+    if recipe.stage.base == "nf4":
+        raise InputError("base: nf4 cannot be sharded; use parallel: ddp, or base: int8")
+
+
 @dataclass
 class World:
     """This process among `size`. kind: single, ddp (copies of the model) or fsdp (shards)."""
@@ -117,10 +125,8 @@ class World:
         if self.size > 1 and recipe.parallel == "auto" and device.type == "cuda":
             memory = torch.cuda.get_device_properties(device).total_memory
             self.kind = "fsdp" if model_states > MAX_COPY_SHARE * memory else "ddp"
-        if self.kind == "fsdp" and recipe.optimizer == "adamw8bit":
-            raise InputError("optimizer: adamw8bit keeps its states whole; use parallel: ddp, or adamw")
-        if self.kind == "fsdp" and recipe.stage.base == "nf4":
-            raise InputError("base: nf4 cannot be sharded; use parallel: ddp, or base: int8")
+        if self.kind == "fsdp":
+            check_shardable(recipe)
 
     @property
     def load_on(self) -> str | None:

@@ -23,7 +23,7 @@ from pumice.model.packed import Run
 from pumice.storage.memory import GB
 from pumice.train.batches import Batches
 from pumice.train.devices import find_gpu, for_device, gpus, peak, total_memory
-from pumice.train.parallel import MAX_COPY_SHARE
+from pumice.train.parallel import MAX_COPY_SHARE, check_shardable
 from pumice.train.plan.footprint import Footprint, PackShape, measure
 from pumice.train.recipe import Recipe
 from pumice.train.shapes import processor_of, shape
@@ -96,7 +96,8 @@ def plan(
     rows of an epoch, where their files are not on this machine. Weights and rows need not be on this machine;
     the notes say what was assumed instead.
 
-    Raises InputError on an unknown GPU and on a model whose shape cannot be found.
+    Raises InputError on an unknown GPU, on a model whose shape cannot be found, and on shards of what cannot
+    be sharded.
     """
     # 1. Find the model's shape, the device, and the packs that the run would compute.
     config, notes = shape(recipe, path)
@@ -113,6 +114,8 @@ def plan(
     stage_sizes = sizes(recipe, config, kind)
     footprint = measure(recipe, config, largest, kind)
     sharded = _sharded(recipe, stage_sizes, device, processes)
+    if sharded:
+        check_shardable(recipe)
     shards = processes if sharded else 1
     memory = _memory(recipe, stage_sizes, footprint, kind, shards)
     total = sum(memory.values())
