@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pictures import encoded, photograph, png
 from PIL import Image, features
 
-from pumice.cli.chat import _read_image
+from pumice.cli.chat import _read_file
 from pumice.data.images import decode_image
 from pumice.errors import InputError
 from pumice.images import MAX_PIXELS, data_url, image_key, image_size, open_image, read_image
@@ -277,7 +277,7 @@ def test_a_file_is_read_once(tmp_path: Path, replaced_when_opened: Any) -> None:
     assert [data_url(file), data_url(file)] == urls
     assert [decode_image(file).kind, decode_image(file).kind] == ["", "BMP"]
     for expected in opened_images:
-        assert _read_image(str(file)) == (str(file), expected)
+        assert _read_file(str(file), None) == (str(file), expected)
     file.write_bytes(opened_images[0][:20])
     with pytest.raises(InputError, match=r"picture '.*latest\.ppm' is truncated or damaged"):
         open_image(read_image(file))
