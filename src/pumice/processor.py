@@ -26,6 +26,10 @@ from pumice.tokens import IGNORE, Tokenizer, encode
 from pumice.video import show_videos
 
 _LOG = logging.getLogger(__name__)
+NO_TOWER = (
+    "this model is a language model without a vision tower; ask it without pictures, or give the mmproj file "
+    "of a LLaVA in GGUF with --mmproj"
+)
 CAPABILITY = Capability(
     "the processor",
     {
@@ -225,10 +229,7 @@ class Processor:
         spans = self.template.render(conversation, generate=generate)
         images = tuple(span for span in spans if isinstance(span, ImagePart))
         if images and self.config.vision.kind == "none":
-            raise InputError(
-                "this model is a language model without a vision tower; ask it without pictures, or give the "
-                "mmproj file of a LLaVA in GGUF with --mmproj"
-            )
+            raise InputError(NO_TOWER)
         layouts = self.layouts(images)
         spans, counts = self._marked(spans, layouts)
         if generate or not self.truncate:

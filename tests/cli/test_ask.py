@@ -21,6 +21,7 @@ from pumice.conversation import Video
 from pumice.engine import sizes
 from pumice.engine.reply import Reply
 from pumice.formats.export import export
+from pumice.formats.pumice.quantized import copies_folder
 
 SHORT = ["--max-new-tokens", "8"]
 
@@ -117,6 +118,29 @@ def test_a_model_of_others_takes_its_template(run: Any, folder: Path, models: Mo
     assert v0 != v1 == usual
     expected = load(folder / "llava", device="cpu", template="v0").ask("cat.png", "What?", max_new_tokens=8)
     assert v0 == expected + "\n"
+
+
+@pytest.mark.parametrize(
+    "command", [["ask", "cat.png", "What?"], ["explain", "cat.png", "What?", "--json"], ["chat", "cat.png"]]
+)
+def test_a_language_model_alone_is_refused_before_it_is_converted(
+    run: Any,
+    refused: Any,
+    folder: Path,
+    models: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    command: list[str],
+) -> None:
+    monkeypatch.setenv("PUMICE_CACHE", str(folder / "cache"))
+    export(models.tiny(models.ARCHITECTURES["SigLIP + Qwen2, squash"]), "gguf", folder / "pair", kind="q8_0")
+    alone = (folder / "pair" / "model-q8_0.gguf").rename(folder / "alone.gguf")
+    options = ["--model", str(alone), "--device", "cpu", "--quantize", "int8"]
+    result = run(*command, *options, model=False)
+    refused(result, "this model is a language model without a vision tower; ask it without pictures")
+    assert not copies_folder().exists()
+    if command[0] == "ask":
+        assert run("ask", "What?", *options, *SHORT, model=False).exit_code == 0
+        assert copies_folder().exists()
 
 
 def test_json_is_one_object(run: Any, folder: Path, tiny_folder: Path) -> None:

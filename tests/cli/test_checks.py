@@ -86,6 +86,10 @@ def test_copies_of_quantised_weights(cache: Path, monkeypatch: pytest.MonkeyPatc
     assert finding.says.startswith(
         f"1 folder of quantised weights in {cache / 'quantized'}, 3 MB of at most 1.5 GB"
     )
+    monkeypatch.setenv("PUMICE_CACHE_LIMIT", "0")
+    finding = named(checks.caches(), "copies")
+    assert (finding.level, finding.value) == ("note", 3_000_000)
+    assert finding.remedy.startswith("that is over the limit: the next start from a copy removes the others")
     monkeypatch.setenv("PUMICE_CACHE_LIMIT", "-1")
     assert named(checks.caches(), "copies").level == "problem"
 

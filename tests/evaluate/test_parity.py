@@ -118,6 +118,51 @@ def test_another_model_may_lack_the_tokens_of_the_answer(models: ModuleType) -> 
     assert parity.first_parting(parity.compare(larger, trace, 0.1, str)[1:]) == "decoder"
 
 
+def trace(logprobs: list[list[float]], ids: tuple[int, ...] = (1,)) -> parity.Trace:
+    steps = torch.tensor(logprobs)
+    return parity.Trace(len(ids), (0,) * (len(steps) - 1), ids, logprobs=steps, shared=steps)
+
+
+def test_tokens_that_change_places_within_the_tolerance_are_no_difference() -> None:
+    """Only where both are as likely in both programs."""
+    first = [-1.0, -1.02, *[-3.0] * 20, -9.0]
+    swapped = [-1.03, -1.01, *first[2:]]
+    far = [*first[:-1], -0.5]  # a token that is none of the first one's ten likeliest
+    own = trace([first, first])
+    for step, same in ((first, True), (swapped, True), (far, False)):
+        stages = parity.compare(own, trace([first, step]), 0.1, str)
+        assert [stage.same for stage in stages] == [True, same, same], step
+    [_, decoder, _] = parity.compare(own, trace([first, swapped]), 0.1, str)
+    assert "the first 1 of 2 likeliest tokens equal, then two that are nearly as likely" in decoder.says
+    [_, decoder, _] = parity.compare(own, trace([first, swapped]), 0.02, str)
+    assert decoder.same is False
+
+
+@pytest.mark.parametrize(
+    ("words", "same"),
+    [
+        ({"0": -1.0, "1": -1.05}, True),
+        ({"0": -1.05, "1": -1.0}, True),
+        ({"0": -1.5, "1": -1.0}, False),
+        ({"0": -1.0, "9": -0.95}, False),  # a token that MODEL does not list
+    ],
+)
+def test_a_server_may_choose_the_other_of_two_like_tokens(words: dict[str, float], same: bool) -> None:
+    written = max(words, key=words.__getitem__)
+    own = replace(trace([[-1.0, -1.05], [-1.0, -1.05]]), words=({"0": -1.0, "1": -1.05},))
+    served = parity.Trace(1, (written,), words=(words,))
+    assert [stage.same for stage in parity.compare(own, served, 0.1, str)] == [True, same]
+
+
+def test_the_earliest_stage_of_all_questions_is_named() -> None:
+    """That of the picture, though the question without one comes first."""
+    plain = [parity.CheckStage("tokenizer", True, ""), parity.CheckStage("decoder", False, "")]
+    pictured = [plain[0], parity.CheckStage("image tokens", False, "16 and 36"), *plain[1:]]
+    assert parity.first_parting([*plain, *pictured]) == "image tokens"
+    assert parity.first_parting(plain) == "decoder"
+    assert parity.first_parting(plain[:1]) is None
+
+
 def test_llama_cpp_runs_no_folder_without_gguf(tiny_folder: Path) -> None:
     options = ["check", str(tiny_folder), "--against", str(tiny_folder), "--llama-cpp"]
     result = CliRunner().invoke(app, options)

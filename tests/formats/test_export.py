@@ -73,7 +73,7 @@ LLAMA_3 = RopeScaling("llama3", 8.0)
         (
             lambda c: replace(c, connector=ConnectorConfig(reduce="pixel_shuffle", factor=2)),
             ["hf", "llava", "gguf"],
-            "pixel_shuffle",
+            "before it, which a LLaVA's files in GGUF do not hold",
         ),
         (lambda c: replace(c, image_wrap=("<im_start>", "<im_end>")), [], ""),
         (lambda c: replace(c, image_wrap=("[", "]")), ["llava"], "[ and ]"),

@@ -221,3 +221,18 @@ def test_the_command(llava: Llavas, tmp_path: Path) -> None:
     assert wrong.exit_code == 2
     assert "nobody/nothing is not in the hub's cache and cannot be fetched" in wrong.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+def test_blocks_that_are_not_kept_are_told(write_gguf: Any, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", quantised="Q4_0")
+    for options, stored in (([], "F32"), (["--dtype", "fp16"], "F16"), (["--quantize", "int8"], None)):
+        target = str(tmp_path / "-".join(["m", *options]))
+        arguments = ["import", str(tmp_path / "m.gguf"), target, "--template", "chatml", "--json", *options]
+        values = json.loads(CliRunner().invoke(app, arguments).stdout)
+        told = (
+            f"matrices in Q4_0 are stored as {stored}, which takes more room; "
+            "--quantize int8 leaves them as they are"
+        )
+        assert (told in values["notes"]) == (stored is not None), values["notes"]
+        assert ("Q4_0" in values["types"]) == (stored is None)
+        assert stored is None or stored in values["types"]

@@ -150,7 +150,7 @@ def _ask_one(images: list[str], question: str, asking: _Asking, out: Path | None
     _check_frames(asking.frames, opened)
     if out is not None and _videos(opened[-1:]):
         raise InputError(f"--out {out} draws boxes on a picture, {images[-1]!r} is a video; leave it out")
-    assistant = asking.opening.load_to_ask(asking.model, asking.sampling, shown=True)
+    assistant = asking.opening.load_to_ask(asking.model, asking.sampling, pictures=bool(opened), shown=True)
     reply = assistant.stream(Conversation((question_message(question, opened),)), **asking.sampling)
     answer = ""
     for piece in reply if asking.as_json else reading.pieces(reply):

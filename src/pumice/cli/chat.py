@@ -51,7 +51,8 @@ def chat(
     if sys.stdin.isatty():
         print(f"Opening {model} ...", flush=True)
     given = sampling.given()
-    Chat(opening.load_to_ask(model, given, shown=True, waits_for_people=True), given, files, frames).run()
+    assistant = opening.load_to_ask(model, given, pictures=bool(files), shown=True, waits_for_people=True)
+    Chat(assistant, given, files, frames).run()
 
 
 class Chat:

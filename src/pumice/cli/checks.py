@@ -237,7 +237,10 @@ def _copies() -> Finding:
         return Finding("copies", str(error), "problem", f"unset {LIMIT_VARIABLE}, or set it to 20", size)
     says = f"{counted(count, 'folder')} of quantised weights in {folder}, {_size(size)} of at most "
     says += f"{_size(limit)} ({LIMIT_VARIABLE}); what you delete there is made again when it is used"
-    return Finding("copies", says, value=size)
+    if size <= limit:
+        return Finding("copies", says, value=size)
+    remedy = "that is over the limit: the next start from a copy removes the others, the least used first"
+    return Finding("copies", says, "note", remedy, size)
 
 
 def _size(size: float) -> str:

@@ -70,7 +70,7 @@ def explain(
     from pumice.explain.render import strip
 
     get_method(method or DEFAULT)  # raises before the model is loaded
-    assistant = opening.load_to_ask(model, sampling.given())
+    assistant = opening.load_to_ask(model, sampling.given(), pictures=True)
     explanation = assistant.explain(
         opened, question, answer, method=method or DEFAULT, layers=layer_numbers, occlusion=occlusion,
         **sampling.given(),

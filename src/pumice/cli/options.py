@@ -153,17 +153,27 @@ class Opening:
         return load(model, **self.arguments(), **sizes)
 
     def load_to_ask(
-        self, model: str, sampling: dict[str, Any], *, shown: bool = False, waits_for_people: bool = False
+        self,
+        model: str,
+        sampling: dict[str, Any],
+        *,
+        pictures: bool = False,
+        shown: bool = False,
+        waits_for_people: bool = False,
     ) -> Assistant:
         """Open the model that is asked, once `sampling` is known to be right.
 
+        pictures: it is asked about some; one that sees none is refused before its weights are converted.
         shown: people see how much of a prompt is read. waits_for_people: as in `share_cores`.
         """
         share_cores(waits_for_people=waits_for_people)
         from pumice.assistant import CHUNK_SHOWN
         from pumice.engine.sampling import SamplingParams
+        from pumice.formats.read import check_sees
 
         SamplingParams(**sampling)
+        if pictures:
+            check_sees(model, self.mmproj)
         return self.load(model, **({"chunk": CHUNK_SHOWN} if shown else {}))
 
 

@@ -34,6 +34,7 @@ from pumice.processor import Processor
 LIKELY = 10  # tokens whose log-probabilities are compared at each step: the first model's likeliest
 # Of the image tokens' root mean square. Weights in fp16 move those of tiny random models by at most 0.0035.
 TOWER_TOLERANCE = 0.01
+STAGES = ("prompt", "tokenizer", "image tokens", "tower", "decoder", "answer")  # as they follow each other
 
 
 @dataclass(frozen=True)
@@ -221,16 +222,21 @@ def compare(first: Trace, second: Trace, tolerance: float, word: Callable[[int],
         return stages
     top = first.logprobs.topk(min(LIKELY, first.logprobs.shape[1]))
     for name, logprobs in (("decoder", second.shared), ("answer", second.logprobs)):
-        worst = (top.values - logprobs.gather(1, top.indices)).abs().max().item()
-        # The likeliest tokens, and the stop behind them.
-        choices = zip(first.logprobs.argmax(1).tolist(), logprobs.argmax(1).tolist(), strict=True)
-        stages.append(_steps(name, worst, [a == b for a, b in choices], tolerance))
+        # The first one's likeliest tokens and the second one's choice; also of the stop behind the answer.
+        choices = logprobs.argmax(1, keepdim=True)
+        tokens = torch.cat([top.indices, choices], 1)
+        worst = (first.logprobs.gather(1, tokens) - logprobs.gather(1, tokens)).abs().max().item()
+        equal = (first.logprobs.argmax(1, keepdim=True) == choices)[:, 0].tolist()
+        stages.append(_steps(name, worst, equal, tolerance))
     return stages
 
 
 def first_parting(stages: Sequence[CheckStage]) -> str | None:
-    """Return the first stage in which two programs differ, None if they differ in none."""
-    return next((stage.name for stage in stages if stage.same is False), None)
+    """Return the earliest of STAGES in which two programs differ, None if they differ in none.
+
+    stages: of all questions, for one without a picture shows nothing of the tower.
+    """
+    return min((stage.name for stage in stages if stage.same is False), key=STAGES.index, default=None)
 
 
 def drawn_picture(side: int) -> bytes:
@@ -290,11 +296,21 @@ def _tower(first: Tensor | None, second: Tensor | None) -> CheckStage:
     return CheckStage("tower", error <= TOWER_TOLERANCE, f"features differ by {error:.2%} (root mean square)")
 
 
-def _steps(name: str, worst: float, equal: Sequence[bool], tolerance: float) -> CheckStage:
-    """Return a stage of log-probabilities. equal: at each step, whether the likeliest token is the same."""
+def _steps(
+    name: str, worst: float, equal: Sequence[bool], tolerance: float, compared: bool = True
+) -> CheckStage:
+    """Return a stage of log-probabilities.
+
+    worst: the largest difference. equal: at each step, whether the likeliest token is the same. compared:
+    whether `worst` covers those that are not the same; if they change places within the tolerance, that is no
+    difference.
+    """
     count = next((number for number, same in enumerate(equal) if not same), len(equal))
     says = f"log-probabilities within {worst:.2g}, the first {count} of {len(equal)} likeliest tokens equal"
-    return CheckStage(name, count == len(equal) and worst <= tolerance, says)
+    same = worst <= tolerance and (compared or count == len(equal))
+    if same and count < len(equal):
+        says += ", then two that are nearly as likely change places"
+    return CheckStage(name, same, says)
 
 
 def _texts(first: Trace, second: Trace, tolerance: float, word: Callable[[int], str]) -> CheckStage:
@@ -310,7 +326,10 @@ def _texts(first: Trace, second: Trace, tolerance: float, word: Callable[[int], 
         for step, other in zip(first.words[:until], second.words[:until], strict=False)
         for token in step.keys() & other.keys()
     ]
-    return _steps("answer", max(differences, default=0.0), equal, tolerance)
+    # Each one's choice where they part, which the other one need not have listed.
+    parted = set() if all(equal) else {ours[until - 1], second.written[until - 1]}
+    compared = not parted or parted <= first.words[until - 1].keys() & second.words[until - 1].keys()
+    return _steps("answer", max(differences, default=0.0), equal, tolerance, compared)
 
 
 def _lengths(first: Trace, second: Trace) -> CheckStage:

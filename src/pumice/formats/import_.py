@@ -94,6 +94,7 @@ def import_model(
     if quantize is not None:
         loaded, state = _quantize(loaded, state, quantize)
     elif kind is not FormatKind.OWN:
+        loaded = dataclasses.replace(loaded, notes=(*loaded.notes, *_widened(state, dtype)))
         state = {name: dataclasses.replace(tensor, blocks=None) for name, tensor in state.items()}
     if (stored_dtype := DTYPES[dtype]) is not None:
         floats = {name: tensor.cast(stored_dtype) for name, tensor in state.items() if tensor.blocks is None}
@@ -118,6 +119,19 @@ def _quantize(loaded: LoadedParts, state: LazyStateDict, bits: str) -> tuple[Loa
     config = dataclasses.replace(loaded.config, lora=None)
     notes = (*loaded.notes, *filter(None, [rounded(state), kept_below(state, bits)]))
     return dataclasses.replace(loaded, config=config, parts=parts, notes=notes), state
+
+
+def _widened(state: LazyStateDict, dtype: str) -> list[str]:
+    """Say which matrices in few bits are stored as floats."""
+    in_blocks = [tensor for tensor in state.values() if tensor.blocks is not None]
+    if not in_blocks:
+        return []
+    kinds = sorted({tensor.blocks.kind.name for tensor in in_blocks if tensor.blocks is not None})
+    stored = FLOATS[DTYPES[dtype] or in_blocks[0].dtype]
+    return [
+        f"matrices in {' and '.join(kinds)} are stored as {stored}, which takes more room; --quantize int8 "
+        "leaves them as they are"
+    ]
 
 
 def _check_target(source: Path, target: Path) -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 from pumice.config import ConnectorConfig, VisionConfig
 from pumice.errors import InputError
 from pumice.formats.components import open_llm
-from pumice.formats.gguf.read import open_pair
+from pumice.formats.gguf.read import gguf_files, open_pair
 from pumice.formats.hf.read import open_hf
 from pumice.formats.llava.read import open_original
 from pumice.formats.nanovlm import open_nanovlm
 from pumice.formats.peft.read import adapt, base_name
 from pumice.formats.pumice import folder
 from pumice.formats.recognise import ADAPTER_CONFIG, FormatKind, recognise
+from pumice.processor import NO_TOWER
 from pumice.storage.download import gguf_from_hub, is_gguf_name, is_hub_name, locate
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import find_weights
@@ -64,6 +65,19 @@ def find_pair(
             f"--mmproj {mmproj} is not there; check the path, or name a file on the hub: owner/model/file"
         )
     return find_model(source), locate(mmproj)
+
+
+def check_sees(source: str | os.PathLike[str], mmproj: str | os.PathLike[str] | None) -> None:
+    """Raise InputError if a model is a language model alone, which sees no pictures. No weight is read.
+
+    mmproj: as in `read_model`.
+    """
+    if mmproj is not None:
+        return
+    kind = recognise(find_model(source))
+    in_gguf = kind is FormatKind.GGUF
+    if kind is FormatKind.LLM or (in_gguf and gguf_files(*find_pair(source, None))[1] is None):
+        raise InputError(NO_TOWER)
 
 
 def read_model(

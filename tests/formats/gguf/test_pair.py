@@ -374,6 +374,7 @@ def test_a_pair_on_the_hub(pair: Path, tmp_path: Path, monkeypatch: pytest.Monke
         shutil.copy(pair / f"{source}.gguf", snapshot / name)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert read_model("owner/tiny-GGUF:Q8_0").config == read_model("owner/tiny-GGUF:q8_0").config
     model = read_model("owner/tiny-GGUF:q8_0")
     assert model.config.vision.kind == "siglip"
     assert model.sources["model"] == ("owner/tiny-GGUF:q8_0", snapshot / "tiny-Q8_0.gguf")

@@ -11,7 +11,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from pumice.cli import app
 from pumice.config import ConnectorConfig, VisionConfig
 from pumice.errors import InputError, WorkError
 from pumice.formats.export import export
@@ -20,6 +22,7 @@ from pumice.formats.gguf.library import llama_library
 from pumice.formats.gguf.llm import open_gguf
 from pumice.formats.gguf.vocab import write_vocabulary
 from pumice.formats.gguf.write import TYPES, refusal
+from pumice.formats.pumice.folder import save
 from pumice.formats.read import read_model
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import as_lazy
@@ -44,6 +47,17 @@ def test_other_places_of_pictures_are_refused(name: str, value: object, models: 
     changed = replace(config, template=OWN, chat=replace(template.chat, **{name: value}))
     assert f"the GGUF writer does not implement chat.{name} = {value!r}" in str(refusal(changed))
     assert refusal(replace(config, template=OWN, chat=template.chat)) is None
+
+
+def test_types_may_be_in_capitals(models: ModuleType, tmp_path: Path) -> None:
+    """As the names of files on the hub have them."""
+    model = _tiny(models, "SigLIP + Qwen2")
+    save(tmp_path / "m", model.config, model.state, tokenizer=model.tokenizer.to_str())
+    arguments = ["export", str(tmp_path / "m"), str(tmp_path / "out"), "--to", "gguf"]
+    result = CliRunner().invoke(app, [*arguments, "--type", "Q8_0", "--mmproj-type", "F32"])
+    assert result.exit_code == 0, result.output
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"model-q8_0.gguf", "mmproj-f32.gguf"} <= files
 
 
 @pytest.mark.parametrize("part", NAMES)

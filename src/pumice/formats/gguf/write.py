@@ -88,7 +88,7 @@ def refusal(config: ModelConfig) -> str | None:
 
 
 def _image_refusal(config: ModelConfig) -> str | None:
-    if reason := connector_refusal(config):
+    if reason := connector_refusal(config, "a LLaVA's files in GGUF do not hold"):
         return reason
     if config.image.mode == "anyres":
         return (
@@ -110,10 +110,12 @@ def write(
     """Write `model-{kind}.gguf` and `mmproj-{tower_kind}.gguf` of a model without adapters. Returns notes.
 
     kind: of TYPES, for the matrices; the rest is f32. keep: those stored in few bits as they are, f16 else.
-    Rows that are no whole number of blocks are f16. tower_kind: of TOWER_TYPES, f32 or f16 by default.
+    Rows that are no whole number of blocks are f16. tower_kind: of TOWER_TYPES, f32 or f16 by default. Both
+    may be in capitals, as file names have them.
     class_token: "shifted" rotates the positions of a CLIP for a llama.cpp that puts its class token last, so
     that every patch has its own; the first patch is lost there. Raises InputError.
     """
+    kind, tower_kind = kind.lower(), None if tower_kind is None else tower_kind.lower()
     for name, options in ((kind, TYPES), (tower_kind, (None, *TOWER_TYPES)), (class_token, CLASS_TOKENS)):
         if name not in options:
             listed = ", ".join(filter(None, options))

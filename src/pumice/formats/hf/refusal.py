@@ -64,7 +64,7 @@ def refusal(config: ModelConfig) -> str | None:
         return text_refusal(config.decoder) or idefics3.refusal(config)
     if config.video is not None and (reason := _video_refusal(config)):
         return reason
-    if reason := tower_refusal(config) or connector_refusal(config):
+    if reason := tower_refusal(config) or connector_refusal(config, "transformers' LLaVA does not have"):
         return reason
     if image.mode == "anyres" and not image.unpad:
         return "the rows of its tiles do not end with image_newline, there they always do"
@@ -107,11 +107,14 @@ def tower_refusal(config: ModelConfig) -> str | None:
     return None
 
 
-def connector_refusal(config: ModelConfig) -> str | None:
-    """Return why the connector cannot be written as an mlp2x_gelu, as `as_mlp` does; None if it can."""
+def connector_refusal(config: ModelConfig, lacking: str) -> str | None:
+    """Return why the connector cannot be written as an mlp2x_gelu, as `as_mlp` does; None if it can.
+
+    lacking: says of a reduction before it which files lack it.
+    """
     kind, reduce = config.connector.kind, config.connector.reduce
     if reduce != "none":
-        return f"its connector has {reduce} before it, which no other software has"
+        return f"its connector has {reduce} before it, which {lacking}"
     if kind == "mlp2x_gelu":
         return None
     if kind not in LINEAR:
