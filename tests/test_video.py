@@ -26,12 +26,12 @@ from pumice import video
 from pumice.config import IMAGE_TOKEN
 from pumice.conversation import Conversation, ImagePart, Message, Video
 from pumice.errors import InputError
-from pumice.images import open_image
+from pumice.images import is_video, open_image
 from pumice.media import VideoPolicy
 from pumice.processor import Processor
 from pumice.stopping import Stopped, stoppable
 from pumice.tokens import Tokenizer
-from pumice.video import in_words, is_video, read_frames, sample, show_videos
+from pumice.video import in_words, read_frames, sample, show_videos
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "white"]
 
@@ -273,9 +273,10 @@ def test_a_film_is_decoded_apart(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.WARNING):
         assert read_frames(Video(whole[: len(whole) // 2]), VideoPolicy()).duration < 2
     assert "of 3.0 s: what follows is left out" in caplog.text
-    path.write_bytes(whole[:400])
-    with pytest.raises(InputError, match="no frame that can be read"):
-        read_frames(Video(path), VideoPolicy())
+    for cut in (whole[:400], b"\0\0\0\x18ftypisom" + bytes(400)):
+        path.write_bytes(cut)
+        with pytest.raises(InputError, match=r"no frame that can be read \(it is cut off or damaged\); give"):
+            read_frames(Video(path), VideoPolicy())
 
 
 def test_a_film_is_shown_upright(tmp_path: Path) -> None:

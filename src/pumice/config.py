@@ -213,6 +213,15 @@ class ConnectorConfig:
                 "features; set reduce to average or pixel_shuffle"
             )
 
+    def tokens(self, grid: int) -> int:
+        """Return the tokens that grid x grid features become. Raises InputError if `factor` is no divisor."""
+        if grid % self.factor:
+            raise InputError(
+                f"a grid of {grid} x {grid} features cannot be reduced by {self.factor}; give a divisor of "
+                f"{grid}"
+            )
+        return REDUCTIONS[self.reduce](grid, self.factor)
+
 
 @dataclass(frozen=True)
 class ImagePolicy:
@@ -384,10 +393,7 @@ class ModelConfig:
             return self.vision.features
         if self.vision.select == "cls_patch":
             raise InputError("a class token cannot be reduced; set vision.select to patch")
-        grid, factor = self.vision.grid, self.connector.factor
-        if grid % factor:
-            raise InputError(f"a grid of {grid} x {grid} features cannot be reduced by {factor}")
-        return REDUCTIONS[self.connector.reduce](grid, factor)
+        return self.connector.tokens(self.vision.grid)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON values of config.json."""

@@ -28,6 +28,7 @@ _PICTURES = re.compile(
     rf"(image|img|picture|pic|photo|frame|screenshot|figure|media|attachment)s?{_FILES}", re.IGNORECASE
 )
 _VIDEOS = re.compile(rf"videos?{_FILES}", re.IGNORECASE)
+_READ = {"image": ("image",), "video": ("video", "videos")}  # the keys of a row that are read
 _SOUNDS = re.compile(rf"(audio|sound)s?{_FILES}", re.IGNORECASE)
 
 
@@ -298,15 +299,16 @@ def check_media(row: Mapping[str, Any], label: str, *, videos: bool = False) -> 
         if _VIDEOS.fullmatch(key) or _SOUNDS.fullmatch(key):
             only = "pictures and videos" if videos else "pictures"
             raise InputError(f"{label}: {key!r} cannot be used, only {only}; remove the row or the key")
-        if "image" not in given and _is_like_image(key):
-            raise InputError(f"{label}: the key {key!r} is not read; did you mean 'image'?")
+        meant = _meant(key)
+        if meant is not None and not any(name in given for name in _READ[meant]):
+            raise InputError(f"{label}: the key {key!r} is not read; did you mean {meant!r}?")
 
 
 @functools.lru_cache(1024)  # all rows of a source have the same few keys
-def _is_like_image(key: str) -> bool:
-    """Return whether a key seems to name pictures."""
-    close = difflib.get_close_matches(key.lower(), ("image",), cutoff=0.8)
-    return bool(close or _PICTURES.fullmatch(key))
+def _meant(key: str) -> str | None:
+    """Return "image" or "video" for a key that seems to name pictures or videos, else None."""
+    close = difflib.get_close_matches(key.lower(), _READ, n=1, cutoff=0.8)
+    return close[0] if close else "image" if _PICTURES.fullmatch(key) else None
 
 
 def _with_images(text: str, images: Sequence[ImagePart], label: str) -> tuple[str | ImagePart, ...]:

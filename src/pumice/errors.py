@@ -73,11 +73,15 @@ def shorten(value: object, characters: int = 200) -> str:
 
 def instead_of(name: str, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown name: the known one that it may mean, or NEWER."""
+    meant = near(name, known)
+    return f"; did you mean {meant!r}?" if meant else NEWER
+
+
+def near(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that an unknown one may mean, if any."""
     import difflib  # here, as in `install`: `import pumice` stays quick
 
-    if near := difflib.get_close_matches(name, list(known), n=1):
-        return f"; did you mean {near[0]!r}?"
-    return NEWER
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
 def check_known(value: object, known: Collection[str], problem: str) -> None:

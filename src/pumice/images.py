@@ -53,6 +53,9 @@ _HEIF_BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys(
     (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC"
 )
 
+# What stands at these bytes of a file: the containers of videos.
+_VIDEOS = {0: (b"\x1aE\xdf\xa3", b"FLV\x01", b"\x00\x00\x01\xba", b"OggS"), 4: (b"ftyp", b"moov")}
+
 # The first bytes of files in formats that every reader of data URLs accepts.
 _COMMON = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp"}
 
@@ -133,6 +136,19 @@ def is_animated(source: Source) -> bool:
             return bool(getattr(image, "is_animated", False))
         except Exception as error:  # Pillow looks for a second frame, and decoders raise anything
             raise _damaged(_name(source), error) from error
+
+
+def is_video(source: Any) -> bool:
+    """Return whether a file, or its bytes, is a video by its contents; an animation is a picture as well."""
+    head = source[:12] if isinstance(source, bytes) else b""
+    if isinstance(source, str | Path) and Path(source).is_file():
+        with Path(source).open("rb") as file:
+            head = file.read(12)
+    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+        return True
+    if head[4:8] == b"ftyp" and head[8:] in _HEIF_BRANDS:
+        return False
+    return any(head[start:].startswith(marks) for start, marks in _VIDEOS.items())
 
 
 def pixels(image: Image.Image, size: int, policy: ImagePolicy) -> np.ndarray:
@@ -268,6 +284,11 @@ def _opened(source: Any) -> Iterator[Image.Image]:
                 raise InputError(
                     f"{name} is in {kind}, which needs the package pillow-heif: {install('heif')}; "
                     "or save it as JPEG"
+                ) from error
+            if is_video(head):
+                raise InputError(
+                    f"{name} is a video; show it as 'video' in a row, 'video_url' in a request, /video in a "
+                    "chat, Video(path) in Python"
                 ) from error
             raise InputError(
                 f"{name} is not a picture that can be read; use one of {', '.join(FORMATS)}"

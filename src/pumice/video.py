@@ -24,7 +24,7 @@ from PIL import Image
 
 from pumice.conversation import Conversation, ImagePart, StoredImage, Video
 from pumice.errors import InputError, install
-from pumice.images import MAX_PIXELS, open_image
+from pumice.images import MAX_PIXELS, is_video, open_image
 from pumice.media import Frames, VideoPolicy
 from pumice.stopping import check_stopped, limit_process
 
@@ -35,8 +35,8 @@ CPU_SECONDS, WALL_SECONDS, MEMORY = 120, 600, 3 * 2**30
 _PAUSE = 0.1  # seconds between two looks whether anybody still waits for the frames
 PICTURE_FRAMES = 8  # of a video, shown as pictures to a model that was not trained on videos
 _FRAME_SECONDS = 0.1  # of an animation that does not say how long it shows a frame
-_CONTAINERS = {0: (b"\x1aE\xdf\xa3", b"FLV\x01", b"\x00\x00\x01\xba", b"OggS"), 4: (b"ftyp", b"moov")}
-# Libav's readers of the containers below. Others, of playlists for one, open further files or addresses.
+# Libav's readers of the videos that `is_video` knows. Others, of playlists for one, open further files or
+# addresses.
 _LIBAV = {"format_whitelist": "avi,flv,matroska,mov,mpeg,ogg", "protocol_whitelist": "file"}
 _INTRO = "You are provided the following series of {} frames from a {} [H:MM:SS] video.\n"
 _ONES = [
@@ -44,17 +44,6 @@ _ONES = [
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
 ]  # fmt: skip
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-
-
-def is_video(source: Any) -> bool:
-    """Return whether a file, or its bytes, is a video by its contents; an animation is a picture as well."""
-    head = source[:12] if isinstance(source, bytes) else b""
-    if isinstance(source, str | Path) and Path(source).is_file():
-        with Path(source).open("rb") as file:
-            head = file.read(12)
-    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
-        return True
-    return any(head[start:].startswith(marks) for start, marks in _CONTAINERS.items())
 
 
 def sample(total: int, rate: float, fps: float, max_frames: int) -> list[int]:
@@ -249,7 +238,7 @@ def _take_film(path: str, fps: float, count: int) -> tuple[Frames, str]:
             except MemoryError:
                 raise
             except av.FFmpegError as error:
-                note = _damaged(len(times), str(error))
+                note = _damaged(len(times), error.strerror)
             # A file that was cut off may end without an error.
             stated = (container.duration or 0) / av.time_base
             if stream.duration is not None and stream.time_base is not None:
@@ -272,8 +261,16 @@ def _take_film(path: str, fps: float, count: int) -> tuple[Frames, str]:
     except (_Refused, MemoryError):
         raise
     except (av.FFmpegError, IndexError, ValueError) as error:
-        raise ValueError(f"has no frame that can be read ({error}); give another") from error
+        raise ValueError(f"has no frame that can be read ({_reason(error)}); give another") from error
     return Frames(tuple(files), tuple(times[number] for number in numbers), len(times) / rate), note
+
+
+def _reason(error: Exception) -> str:
+    """Return an error's text, of Libav's without its number and the path."""
+    text: str | None = getattr(error, "strerror", None)
+    if text and isinstance(error, ValueError | OSError | EOFError):
+        return "it is cut off or damaged"
+    return text or str(error)
 
 
 class _Refused(ValueError):

@@ -299,6 +299,26 @@ def test_batch(run: Any, folder: Path, tiny_folder: Path, monkeypatch: pytest.Mo
     assert sorted(p.name for p in folder.iterdir()) == ["a dog.png", "inside", "out.jsonl"]
 
 
+def test_keys_that_a_batch_does_not_read(run: Any, folder: Path) -> None:
+    """One that may name a video is refused as for a picture; others are told once. So is asking anew."""
+    rows = [
+        {"id": 0, "vidio": "clip.gif", "question": "What?"},
+        {"id": 1, "image": "cat.png", "images ": "a dog.png", "label": "cat", "question": "What?"},
+        {"id": 2, "label": "dog", "question": "What?"},
+    ]
+    write_rows(folder / "in.jsonl", rows)
+    command = ("ask", "--batch", "in.jsonl", "--out", "out.jsonl", *SHORT)
+    keys, *rest = run(*command).stderr.splitlines()
+    assert keys == (
+        "pumice: 'in.jsonl' has keys that are not read: 'images ' (did you mean 'image'?), 'label'"
+    )
+    assert not any("anew" in line for line in rest)
+    answers = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert answers[0]["error"] == "line 1: the key 'vidio' is not read; did you mean 'video'?"
+    assert answers[1].keys() == answers[2].keys() == {"id", "answer"}
+    assert "pumice: all rows are asked anew, and then 'out.jsonl' is replaced\n" in run(*command).stderr
+
+
 def test_videos_in_a_batch(run: Any, folder: Path, clip: str, tiny_folder: Path) -> None:
     """Beside pictures, where they are marked; --frames holds for each."""
     rows = [

@@ -77,6 +77,7 @@ def test_messages(tmp_path: Path) -> None:
         (row("<video> and <video>", video="a.gif"), "2 <video> for 1 video; write"),
         (row("<image>", image="b.png", video="a.gif"), "0 <video> for 1 video; write"),
         (row("What?", video=3), "'video' must be a path or a list of paths of videos"),
+        (row("What?", vidio="a.gif"), r"the key 'vidio' is not read; did you mean 'video'\?"),
         (row("What?", video_path="a.gif"), r"the key 'video_path' is not read; did you mean 'video'\?"),
         (row("What?", audio="a.wav"), "'audio' cannot be used, only pictures and videos"),
         (row("What?", video={"bytes": "x", "path": None}), "must be a path"),

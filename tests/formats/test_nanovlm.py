@@ -195,6 +195,10 @@ def test_a_checkpoint_is_trained_by_a_recipe(models: ModuleType, tmp_path: Path)
         ({"vlm_extra_tokens": {}}, "names no image_token in vlm_extra_tokens"),
         ({"vlm_extra_tokens": EXTRA | {"r1c2": "<odd>"}}, "the token r1c2 is '<odd>', not '<row_1_col_2>'"),
         ({"max_img_size": 100}, "max_img_size 100 is no multiple of vit_img_size 32"),
+        (
+            {"mp_pixel_shuffle_factor": 3},
+            "config.json: mp_pixel_shuffle_factor: a grid of 4 x 4 .* reduced by 3",
+        ),
         ({"vit_cls_flag": True}, "vit_cls_flag is true; only false can be read"),
     ],
 )

@@ -19,7 +19,7 @@ from PIL import Image, features
 from pumice.cli.chat import _read_file
 from pumice.data.images import decode_image
 from pumice.errors import InputError
-from pumice.images import MAX_PIXELS, data_url, image_key, image_size, open_image, read_image
+from pumice.images import MAX_PIXELS, data_url, image_key, image_size, is_video, open_image, read_image
 
 
 def array(source: object) -> np.ndarray:
@@ -185,6 +185,17 @@ def test_bad_bytes_and_types() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "head", [b"\0\0\0\x20ftypisom", b"\x1aE\xdf\xa3", b"RIFF\0\1\0\0AVI LIST", b"\x00\x00\x01\xba"]
+)
+def test_a_video_is_told_where_it_goes(tmp_path: Path, head: bytes) -> None:
+    path = tmp_path / "clip.jpg"
+    path.write_bytes(head + b"\0" * 100)
+    for source in (path, path.read_bytes()):
+        assert is_video(source)
+        assert "is a video; show it as 'video' in a row, 'video_url' in a request" in _message(source)
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_truncated_files_are_refused(tmp_path: Path, kind: str, share: float) -> None:
@@ -246,6 +257,7 @@ def test_pictures_of_telephones_without_a_decoder(
     monkeypatch: pytest.MonkeyPatch, brand: bytes, kind: str
 ) -> None:
     monkeypatch.setattr("pumice.images._heif_formats", lambda kind: ())
+    assert not is_video(b"\0\0\0\x18ftyp" + brand)  # as films in MP4 begin
     with pytest.raises(InputError, match=rf"is in {kind}, which needs the package pillow-heif: pip install"):
         open_image(b"\0\0\0\x18ftyp" + brand + b"\0" * 100)
 

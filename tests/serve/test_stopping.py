@@ -268,6 +268,33 @@ def test_the_process_ends_whatever_runs(
     assert server.log()[-1]["message"] == "stopped"
 
 
+@posix
+@pytest.mark.parametrize(
+    ("signals", "drain"), [([signal.SIGTERM], "0.1"), ([signal.SIGINT, signal.SIGINT], "100000")]
+)
+def test_a_stream_of_a_process_that_stops_ends_with_an_error(
+    tmp_path: Path, process: Callable[..., Any], signals: list[signal.Signals], drain: str
+) -> None:
+    script = tmp_path / "serve.py"
+    script.write_text(
+        "import time\nfrom pumice.engine.engine import Engine\nstep = Engine.step\n"
+        "def slow(engine):\n    time.sleep(0.2)\n    return step(engine)\n"
+        "Engine.step = slow\nfrom pumice.cli import app\napp()\n"
+    )
+    server = process("--drain-timeout", drain, program=(str(script),))
+    connection = send(server.url, ask(max_tokens=200, stream=True))
+    text = connection.recv(1 << 16).decode()
+    assert text.startswith("HTTP/1.1 200")
+    server.process.send_signal(signals[0])
+    for number in signals[1:]:
+        wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
+        server.process.send_signal(number)
+    text += read(connection)
+    assert '"code":"draining"' in text and "[DONE]" not in text
+    assert server.process.wait(60) == 0
+    assert server.log()[-1]["message"] == "stopped"
+
+
 def test_an_explanation_ends_when_its_client_leaves(local: Any, held_explanation: Held) -> None:
     with local() as url:
         connection = send(url, explained(), "/explain")

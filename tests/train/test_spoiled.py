@@ -29,3 +29,19 @@ def test_spoiled_rows_are_skipped_within_the_budget(
     assert skipped == len(bad) + 1
     with pytest.raises(InputError, match=rf"bad rows, max_bad_rows allows {len(bad)}"):
         run(make_recipe("strict", max_bad_rows=len(bad), **changes))
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_refused_run_leaves_no_folder_of_its_own(
+    make_recipe: Callable[..., Path], tmp_path: Path, is_new: bool
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    turns = '[{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "A dog."}]'
+    path.write_text(f'{{"id": "a", "image": "gone.png", "conversations": {turns}}}\n')
+    output = tmp_path / "run"
+    if not is_new:
+        output.mkdir()
+    recipe = make_recipe("refused", data=[{"rows": str(path)}], pictures=[str(tmp_path)], output=str(output))
+    with pytest.raises(InputError, match=r"gone\.png"):
+        run(recipe)
+    assert output.exists() is not is_new

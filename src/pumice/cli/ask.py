@@ -14,7 +14,7 @@ import typer
 from typer import Argument, Option
 
 from pumice.cli import options, reading
-from pumice.errors import CAUSE, InputError, wrong_input
+from pumice.errors import CAUSE, InputError, near, shorten, wrong_input
 from pumice.files import replacing
 from pumice.jsonl import AnswerFile, json_text, print_json
 from pumice.progress import LOG_SECONDS, ProgressBar
@@ -123,8 +123,7 @@ def _is_image_path(text: str) -> bool:
 def _open(path: str, frames: int | None) -> Any:
     """Return a picture, or a video: an animation is one only where frames are asked for."""
     from pumice.conversation import Video
-    from pumice.images import is_animated, open_image
-    from pumice.video import is_video
+    from pumice.images import is_animated, is_video, open_image
 
     shown = os.path.isfile(path) and (is_video(path) or (frames is not None and is_animated(path)))
     return Video(path, frames) if shown else open_image(path)
@@ -180,6 +179,10 @@ class _Row:
     images: tuple[Any, ...] = ()  # paths and videos
     question: str = ""
     error: str = ""
+    unread: tuple[str, ...] = ()  # keys that say nothing here
+
+
+_KEYS = ("id", "image", "video", "videos", "question")  # of a line
 
 
 def _ask_batch(source: Path, out: Path, asking: _Asking, slots: int) -> None:
@@ -200,6 +203,12 @@ def _ask_batch(source: Path, out: Path, asking: _Asking, slots: int) -> None:
     _check_frames(asking.frames, [image for row in rows for image in row.images])
     options.check_out(out, [source], "the questions themselves")
     partial = out.with_name(f"{out.name}.partial")
+    unread = dict.fromkeys(key for row in rows for key in row.unread)
+    if unread:
+        listed = ", ".join(map(_named, unread))
+        print(f"pumice: '{source}' has keys that are not read: {listed}", file=sys.stderr)
+    if out.exists() and not partial.exists():
+        print(f"pumice: all rows are asked anew, and then '{out}' is replaced", file=sys.stderr)
     # 2. Answer the rows without an error. `partial` keeps the answers of a run that is stopped.
     valid_rows = [row for row in rows if not row.error]
     answers = iter(_answer_rows(valid_rows, partial, asking, slots))
@@ -264,7 +273,13 @@ def _read_row(line: str, number: int, folder: Path, frames: int | None) -> _Row:
             shown, question = beside(shown, [Video(path, frames) for path in videos], question)
     except InputError as error:
         return _Row(row_id, error=str(error))
-    return _Row(row_id, tuple(shown), question)
+    return _Row(row_id, tuple(shown), question, unread=tuple(key for key in values if key not in _KEYS))
+
+
+def _named(key: str) -> str:
+    """Return a key that is not read, with the one that it may mean."""
+    meant = near(key, _KEYS)
+    return shorten(key) + (f" (did you mean {meant!r}?)" if meant else "")
 
 
 def _paths(values: dict[str, Any], key: str, folder: Path) -> list[str | Path]:

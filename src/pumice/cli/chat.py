@@ -266,8 +266,7 @@ def _read_file(path: str, frames: int | None, as_video: bool = False) -> tuple[s
     be decoded, or a still one should be a video.
     """
     from pumice.conversation import Video
-    from pumice.images import is_animated, open_image, read_image
-    from pumice.video import is_video
+    from pumice.images import is_animated, is_video, open_image, read_image
 
     if is_video(path):
         return path, Video(path, frames)

@@ -21,9 +21,8 @@ from pumice.data.sources.columns import arrow
 from pumice.data.sources.tars import VIDEO_ENDINGS
 from pumice.errors import InputError, check_known
 from pumice.files import replacing
-from pumice.images import read_image
+from pumice.images import is_video, read_image
 from pumice.jsonl import parse_json
-from pumice.video import is_video
 
 MANIFEST = "convert.json"
 ROWS = "rows.jsonl"  # of LLaVA's form, whose readers want one file

@@ -64,8 +64,10 @@ def open_nanovlm(folder: Path, template: str | None = None) -> LoadedParts:
     keys.only("lm_attn_scaling", (1.0,), 1.0)
     with naming(keys.label):
         vision, decoder = _vision(keys), _decoder(keys)
-        factor = keys.get("mp_pixel_shuffle_factor", int)
+    factor = keys.get("mp_pixel_shuffle_factor", int)
+    with naming(f"{keys.label}: mp_pixel_shuffle_factor"):
         connector = ConnectorConfig("linear", "pixel_shuffle", factor, bias=False)
+        connector.tokens(vision.grid)
     # 2. Tokens and pictures.
     text, extra = _text_side(folder, keys)
     image, marks = _pictures(keys, vision, extra)

@@ -167,6 +167,7 @@ class Trainer:
         """
         # 1. Make the output folder, and lock it so that no second run writes there.
         folder = self.recipe.output / "checkpoints"
+        is_new = not self.recipe.output.exists()
         with wrong_input(
             OSError, f"the output folder {self.recipe.output} cannot be made: {CAUSE}; name another"
         ):
@@ -175,6 +176,8 @@ class Trainer:
             stack.enter_context(contextlib.closing(self.features))
             if self.world.main:
                 output = self.recipe.output
+                if is_new:
+                    stack.callback(checkpoints.remove_unused, output)
                 stack.enter_context(hold(output / ".lock", f"using the output folder {output}"))
             # 2. Resume from the newest checkpoint. A new run is checked before any compute is spent on it.
             resumed = self._resume(folder)

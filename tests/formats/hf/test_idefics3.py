@@ -326,7 +326,11 @@ def test_positions_are_sorted_into_the_buckets_of_transformers() -> None:
         ),
         ("processor_config", {"image_seq_len": 4}, "image_seq_len is 4, but .* makes 1 tokens of a tile"),
         ("config", {"image_token_id": 7}, "image_token_id is 7, but the tokenizer gives it 4"),
-        ("config", {"scale_factor": 4}, "19 x 19 features cannot be reduced by 4"),
+        (
+            "config",
+            {"scale_factor": 4},
+            "config.json: scale_factor: a grid of 19 x 19 .* reduced by 4; give a divisor",
+        ),
         ("tokenizer", None, "marks names '<row_1_col_4>', which is no special token"),
     ],
 )

@@ -23,6 +23,7 @@ from pumice.config import (
     ImagePolicy,
     ModelConfig,
     VisionConfig,
+    naming,
 )
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
@@ -73,7 +74,9 @@ def open_idefics3(folder: Path, template: str | None = None) -> LoadedParts:
     tower.values["model_type"] = f"{kind}_vision"  # published configs say "idefics3", or nothing
     vision = vision_config(tower)
     factor = keys.get("scale_factor", int)
-    connector = ConnectorConfig("linear", "pixel_shuffle", factor, bias=False)
+    with naming(f"{keys.label}: scale_factor"):
+        connector = ConnectorConfig("linear", "pixel_shuffle", factor, bias=False)
+        connector.tokens(vision.grid)
     # 2. How a picture becomes tiles, and how a conversation becomes tokens.
     image, video, more_notes = _image(folder, vision)
     said += more_notes
