@@ -118,10 +118,11 @@ def mlp(
     down_bias: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """Return down(activation(up(x))), as two calls of `linear` do, where `can_multiply`.
+    """Return down(activation(up(x))) as two calls of `linear` do, where `can_multiply`.
 
-    What is between the products stays in the processor's cache. down: not in Q4_K. activation: "quick_gelu",
-    "gelu" or "gelu_tanh". Raise WorkError if C cannot allocate its buffers.
+    x: (..., K of `up`). The result: (..., N of `down`). What is between the products stays in the processor's
+    cache. down: not in Q4_K. activation: "quick_gelu", "gelu" or "gelu_tanh". Raise WorkError if C cannot
+    allocate its buffers.
     """
     if down.kind is BlockFormat.Q4_K:  # whose activations share scales beyond the outputs at hand
         raise ValueError("the second matrix of an MLP cannot be in Q4_K")
