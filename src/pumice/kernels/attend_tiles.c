@@ -104,7 +104,7 @@ INLINE void make_row(const Task *task, const float *from, float factor, number *
 /* Lay out the keys and values of a head. What pads them is zeros. */
 static void lay_out(const Task *task, const float *keys, const float *values, const Head *head) {
     const int64_t stride = task->heads * task->size, padded = task->padded;
-    memset(head->keys, 0, 2 * task->longest * padded * sizeof(number));
+    memset(head->keys, 0, task->longest * padded * sizeof(number));
     for (int64_t t = 0; t < task->patches; t += STEP) {
         number *rows = head->queries, *value = head->values + t * padded;
         for (int64_t n = SOON; n < SOON + STEP; n++) {
