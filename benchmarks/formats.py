@@ -340,14 +340,15 @@ def measure_type(name: str, kind: str, folder: Path, run_others: bool = True) ->
         return TypeCell(refused=str(error).partition(": ")[2] or str(error))
     size = model.config.vision.image_size
     shown = picture(size, size)
-    exact, restored = (assistant(parts).logits(shown, QUESTION) for parts in (model, read_model(target)))
-    again = replace(read_model(target), sources={})  # so that no copy is kept
+    back = read_model(target)
+    exact, restored = (assistant(parts).logits(shown, QUESTION) for parts in (model, back))
+    again = replace(back, sources={})  # so that no copy is kept
     opened = build(again, kind, torch.device("cpu"), torch.float32, merge=True, quantize="int8")
     answering = Assistant(opened.model, opened.processor).logits(shown, QUESTION)
     cell = TypeCell(read_back=_distance(exact, restored), answering=_distance(restored, answering))
     if not run_others:
         return cell
-    native = run_llama_cpp(read_model(target), shown, target)
+    native = run_llama_cpp(back, shown, target)
     return replace(cell, llama_cpp=native.difference, greedy=native.greedy, note=native.note)
 
 

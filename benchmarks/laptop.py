@@ -293,7 +293,8 @@ def run(folder: Path, cli_options: argparse.Namespace) -> None:
     commands = contenders(folder, cli_options)
     for number in range(cli_options.rounds):
         for name, command in list(commands.items()):
-            into_page_cache(Path(command[3]))
+            for path in command[3:]:
+                into_page_cache(Path(path))
             given = json.dumps({**options, "seed": number})
             process = subprocess.run([*command, given], env=environment, stdout=subprocess.PIPE, check=False)
             if process.returncode:
