@@ -16,7 +16,7 @@ from pumice.config import ConnectorConfig, DecoderConfig, LoraConfig, ModelConfi
 from pumice.engine.engine import Engine
 from pumice.engine.requests import Prompt
 from pumice.engine.sampling import SamplingParams
-from pumice.errors import InputError
+from pumice.errors import InputError, WorkError
 from pumice.model.adapters import add_lora
 from pumice.model.llava import Llava
 from pumice.model.packed import Run
@@ -197,7 +197,7 @@ def full(bench: Bench) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
 
     rates_of["pumice tokens/s"] = bench.pack / bench.seconds(step, rounds=2)
-    if find_spec("accelerate"):  # transformers' Trainer needs it
+    if find_spec("transformers") and find_spec("accelerate"):  # its Trainer needs both
         del model, objective, optimizer
         bench.free()
         seconds = _trainer_seconds(bench, _llama(decoder, bench, torch.float32), ids)
@@ -260,17 +260,19 @@ def _decode(
         prompt = Prompt(torch.arange(64 + number) % 300 + 1, params=SamplingParams(max_new_tokens=new))
         engine.submit(prompt, lambda delta, to=answer: to.extend(delta.tokens))
     # The first steps do not count: they load kernels, and capture a graph.
-    while min(map(len, answers)) < WARM_UP:
-        engine.step()
+    while min(map(len, answers)) < WARM_UP and engine.step():
+        pass
     bench.wait()
     start, steps = time.perf_counter(), 0
-    while max(map(len, answers)) < new:  # all of them: fewer would capture another graph
-        engine.step()
+    # Only while all are there: fewer would capture another graph.
+    while max(map(len, answers)) < new and engine.step():
         steps += 1
     bench.wait()
     milliseconds = (time.perf_counter() - start) / max(steps, 1) * 1000
     while engine.step():
         pass
+    if min(map(len, answers)) < new:
+        raise WorkError(f"an answer ended after {min(map(len, answers))} tokens of {new}")
     one_call = engine._cache.one_call or not options
     graphs = engine._graphs is None or bool(engine._graphs._graphs)
     return milliseconds, answers, one_call and graphs
