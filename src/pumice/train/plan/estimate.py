@@ -112,10 +112,10 @@ def plan(
         notes.append("no run on mps was measured yet: memory is planned as on a CUDA GPU")
     # 2. Memory: what the run holds from step to step, and what its largest pack adds.
     stage_sizes = sizes(recipe, config, kind)
-    footprint = measure(recipe, config, largest, kind)
     sharded = _sharded(recipe, stage_sizes, device, processes)
     if sharded:
         check_shardable(recipe)
+    footprint = measure(recipe, config, largest, kind)
     shards = processes if sharded else 1
     memory = _memory(recipe, stage_sizes, footprint, kind, shards)
     total = sum(memory.values())
