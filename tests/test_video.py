@@ -167,6 +167,7 @@ def test_wrong_videos(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name, words in (
         ("none.gif", "is empty"),
         ("gone.gif", "no video"),
+        ("x" * 300, "no video"),
         ("text.gif", "no frame that can be read"),
     ):
         with pytest.raises(InputError, match=words):

@@ -292,7 +292,7 @@ def check_media(row: Mapping[str, Any], label: str, *, videos: bool = False) -> 
     """
     given = [key for key, value in row.items() if value is not None and value not in ("", [], {})]
     for key in given:
-        if videos and key in ("video", "videos"):
+        if videos and key in _READ["video"]:
             continue
         if videos and _VIDEOS.fullmatch(key):
             raise InputError(f"{label}: the key {key!r} is not read; did you mean 'video'?")

@@ -9,6 +9,7 @@ import base64
 import contextlib
 import hashlib
 import io
+import os
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
@@ -141,12 +142,12 @@ def is_animated(source: Source) -> bool:
 def is_video(source: Any) -> bool:
     """Return whether a file, or its bytes, is a video by its contents; an animation is a picture as well."""
     head = source[:12] if isinstance(source, bytes) else b""
-    if isinstance(source, str | Path) and Path(source).is_file():
-        with Path(source).open("rb") as file:
+    if isinstance(source, str | Path) and os.path.isfile(source):  # False for an overlong path
+        with contextlib.suppress(OSError), open(source, "rb") as file:  # the reader says why
             head = file.read(12)
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
         return True
-    if head[4:8] == b"ftyp" and head[8:] in _HEIF_BRANDS:
+    if _heif_kind(head):
         return False
     return any(head[start:].startswith(marks) for start, marks in _VIDEOS.items())
 
@@ -272,7 +273,7 @@ def _opened(source: Any) -> Iterator[Image.Image]:
         head = opened.read(12)
         opened.seek(0)
         file = without_long_texts(opened) if head.startswith(SIGNATURE) else opened
-        kind = _HEIF_BRANDS.get(head[8:]) if head[4:8] == b"ftyp" else None
+        kind = _heif_kind(head)
         try:
             image = Image.open(file, formats=(*FORMATS, *(_heif_formats(kind) if kind else ())))
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -298,6 +299,11 @@ def _opened(source: Any) -> Iterator[Image.Image]:
         with image:
             _check_size(image.size, name)
             yield image
+
+
+def _heif_kind(head: bytes) -> str | None:
+    """Return "HEIC" or "AVIF" for the first 12 bytes of such a picture, else None."""
+    return _HEIF_BRANDS.get(head[8:]) if head[4:8] == b"ftyp" else None
 
 
 def _heif_formats(kind: str) -> tuple[str, ...]:

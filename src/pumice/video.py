@@ -11,6 +11,7 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -81,7 +82,7 @@ def read_frames(video: Video, policy: VideoPolicy | None) -> Frames:
             path.write_bytes(data)
         else:
             path = Path(video.source)
-        if not path.is_file() or not path.stat().st_size:
+        if not os.path.isfile(path) or not path.stat().st_size:  # False for an overlong path
             raise InputError(f"there is no video {video.name}, or it is empty; check the path")
         if is_video(path) and importlib.util.find_spec("av") is None:
             raise InputError(f"{video.name} is a video, which needs the package av: {install('video')}")

@@ -332,6 +332,7 @@ def test_videos_in_a_batch(run: Any, folder: Path, clip: str, tiny_folder: Path)
         {"id": 7, "video": [""], "question": "What?"},
         {"id": 8, "video_path": "clip.gif", "question": "What?"},
         {"id": 9, "image": "x" * 300, "question": "What?"},
+        {"id": 10, "video": "x" * 300, "question": "What?"},
     ]
     write_rows(folder / "in.jsonl", rows)
     command = ("ask", "--batch", "in.jsonl", "--out", "out.jsonl", *SHORT)
@@ -350,6 +351,7 @@ def test_videos_in_a_batch(run: Any, folder: Path, clip: str, tiny_folder: Path)
     for answer, words in zip(answers[5:], (
         "there is no video no.mp4", "0 <video> for 1 video",
         "'video' must be a path or a list of paths", "did you mean 'video'?", "File name too long",
+        "there is no video xxx",
     ), strict=True):  # fmt: skip
         assert words in answer["error"]
 

@@ -92,6 +92,7 @@ def test_chat_shows_videos(
 def test_chat_with_a_video_that_cannot_be_read(run: Any, refused: Any, folder: Path) -> None:
     (folder / "torn.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(40))
     refused(run("chat", "torn.mp4", stdin="What?\n"), "torn.mp4 ")
+    refused(run("chat", "x" * 300 + ".mp4", stdin="What?\n"), "File name too long; check the path")
     result = run("chat", *SHORT, stdin="/image torn.mp4\nWhat?\n")
     assert result.exit_code == 0 and "torn.mp4 " in result.stderr and result.stdout.strip()
 

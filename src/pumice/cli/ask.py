@@ -125,7 +125,7 @@ def _open(path: str, frames: int | None) -> Any:
     from pumice.conversation import Video
     from pumice.images import is_animated, is_video, open_image
 
-    shown = os.path.isfile(path) and (is_video(path) or (frames is not None and is_animated(path)))
+    shown = is_video(path) or (frames is not None and is_animated(path))
     return Video(path, frames) if shown else open_image(path)
 
 

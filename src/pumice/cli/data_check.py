@@ -184,7 +184,6 @@ def _print_report(report: DataReport) -> None:
 
 def _print_sample(rows: Rows, finder: ImageFinder, processor: Processor) -> None:
     """Print the first usable row as the model sees it."""
-
     for index in range(len(rows)):
         try:
             row = rows[index]

@@ -211,9 +211,8 @@ def _name(image: Image, data: bytes) -> str:
 
 def _video_ending(video: Video, data: bytes) -> str:
     """Return the ending of a video in an archive, by which it is told from a picture."""
-    animation = _ending(data)
-    if not is_video(data) and VIDEO_ENDINGS.fullmatch(f"video.{animation}"):
-        return f"video.{animation}"
+    if not is_video(data) and VIDEO_ENDINGS.fullmatch(animation := f"video.{_ending(data)}"):
+        return animation
     ending = PurePosixPath(video.name).suffix.lstrip(".").lower()
     return ending if VIDEO_ENDINGS.fullmatch(ending) else "mp4"
 

@@ -61,9 +61,8 @@ class TarRows(Source):
             if ending == _CUT:
                 raise InputError(f"{self.place(index)}: the archive is cut off here; fetch it again")
             record.setdefault("__key__", key)
-            kind = "image" if _PICTURES.fullmatch(ending) else ""
-            if VIDEO_ENDINGS.fullmatch(ending):
-                kind = "video"
+            is_picture = _PICTURES.fullmatch(ending)
+            kind = "video" if VIDEO_ENDINGS.fullmatch(ending) else "image" if is_picture else ""
             if kind:
                 name = f"{self.files[shard]}, {key}.{ending}"
                 media[kind].append(self._contents.stored_image(shard, start, size, name))
