@@ -90,7 +90,7 @@ def make_model(folder: Path, size: str) -> None:
     with torch.no_grad():
         model.decoder.embed.weight.mul_(0.04)  # it is the vocabulary projection too
     save(folder / "ours", config, model.state_dict(), tokenizer=tokenizer.to_str())
-    export(read_model(folder / "ours"), "hf", folder / "theirs", kind="f32")
+    export(read_model(folder / "ours"), "hf", folder / "theirs")
 
 
 def make_rows(folder: Path, steps: int, scale: float = 1.0) -> None:

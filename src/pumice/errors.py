@@ -85,8 +85,11 @@ def near(name: str, known: Iterable[str]) -> str | None:
 
 
 def check_known(value: object, known: Collection[str], problem: str) -> None:
-    """Raise InputError unless the value is a known one: the problem, and which can be used."""
-    if value not in known:
+    """Raise InputError unless the value is a known one: the problem, and which can be used.
+
+    The value may be any of a JSON file, also a list, which has no hash.
+    """
+    if value not in tuple(known):
         raise InputError(f"{problem}; use one of {', '.join(known)}")
 
 

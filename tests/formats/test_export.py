@@ -118,6 +118,11 @@ def test_a_refusal_writes_nothing(llava: LoadedParts, tmp_path: Path) -> None:
         ({"to": "hf", "dtype": "int8"}, "no type 'int8'.*fp16, bf16, fp32"),
         ({"to": "gguf", "kind": "q3"}, "no 'q3' among the options of GGUF; use one of f32, f16, bf16, q8_0"),
         ({"to": "gguf", "dtype": "fp16"}, "dtype is not for gguf.*--type"),
+        ({"to": "hf", "kind": "q8_0"}, "--type, .* not for hf; .* with --dtype"),
+        ({"to": "llava", "tower_kind": "f32"}, "--mmproj-type .* not for llava"),
+        ({"to": "peft", "class_token": "shifted"}, "--class-token are not for peft"),
+        ({"to": "hf", "tower": "openai/x"}, "--tower-name is not for hf"),
+        ({"to": "peft", "drop_lora": True}, "--drop-lora is not for peft"),
         ({"to": "peft"}, "no LoRA adapters; use --to hf"),
     ],
 )

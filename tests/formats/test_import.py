@@ -24,7 +24,7 @@ from pumice.formats.import_ import import_model
 from pumice.formats.load import build, new_parts, open_model
 from pumice.formats.pumice import folder
 from pumice.formats.pumice.folder import open_parts
-from pumice.formats.read import read_model
+from pumice.formats.read import check_sees, read_model
 from pumice.storage import tensors
 
 Llavas = Callable[[str], Path]
@@ -136,6 +136,11 @@ def test_models_of_others_are_asked_directly(
     write_gguf(tmp_path / "m.gguf")
     import_model(str(tmp_path / "m.gguf"), tmp_path / "gguf", template="chatml", dtype="bf16")
     assert open_model(tmp_path / "gguf").model.config.vision.kind == "none"
+    for blind in (parts_of[1], tmp_path / "m.gguf", tmp_path / "gguf"):
+        with pytest.raises(InputError, match="a language model without a vision tower"):
+            check_sees(blind, None)
+    for seeing in ("pumice-tiny", llava("llava"), tmp_path / "llava"):
+        check_sees(seeing, None)
 
 
 def test_what_is_there_is_not_written_over(llava: Llavas, tmp_path: Path) -> None:

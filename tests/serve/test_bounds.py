@@ -7,6 +7,7 @@ import json
 import logging
 import socket
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from typing import Any
 import httpx
 import pytest
 from asking import ask, data_uri, picture, post, wait_until
+from pydantic import ValidationError
 from test_limits import error_of
 
 from pumice.engine.grammar_check import GrammarCheck
 from pumice.serve import backend, guard, work
 from pumice.serve.connection import FED, MAX_HEADERS, MAX_PIPELINED
-from pumice.serve.errors import ApiError
+from pumice.serve.errors import ApiError, validation_error
+from pumice.serve.messages import parse
+from pumice.serve.protocol import ChatRequest
 from pumice.tokens import PIECE, Tokenizer
 
 KB = 1024
@@ -230,6 +234,18 @@ def test_what_comes_back_is_shortened(
     logged = json.dumps(caplog.records[-1].__dict__["fields"])
     assert len(logged) < 2 * KB
     assert LONG[:201] not in logged
+
+
+def test_a_long_name_of_a_field_takes_no_memory() -> None:
+    """It is compared with the names of all fields."""
+    with pytest.raises(ValidationError) as caught:
+        parse(ChatRequest, json.dumps({**ask(), LONG: 1}).encode())
+    tracemalloc.start()
+    try:
+        assert validation_error(caught.value, ChatRequest.model_fields).code == "unknown_field"
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(LONG)
+    finally:
+        tracemalloc.stop()
 
 
 def test_no_error_is_longer_than_a_thousand_characters() -> None:

@@ -81,8 +81,8 @@ def export(
     dtype: one of DTYPES, for hf, llava and peft; "keep" leaves the stored types. kind, tower_kind,
     class_token: for gguf and ollama, as in `gguf.write.write`. drop_lora: leave the adapters out instead of
     merging them. tower: for llava, what its code builds the tower from. Raises InputError if the format
-    cannot hold the model or the target exists; WorkError if the disk fails. The folder appears complete or
-    not at all.
+    cannot hold the model or does not take an option, or the target exists; WorkError if the disk fails. The
+    folder appears complete or not at all.
     """
     # 1. Refuse before anything is written.
     if to not in REFUSALS:
@@ -91,6 +91,15 @@ def export(
     in_gguf = to in ("gguf", "ollama")
     if in_gguf and dtype != "keep":
         raise InputError(f"dtype is not for {to}; give the type of its matrices with --type instead")
+    if not in_gguf and (kind, tower_kind, class_token) != ("f16", None, "first"):
+        raise InputError(
+            f"--type, --mmproj-type and --class-token are not for {to}; give the type of its weights with "
+            "--dtype"
+        )
+    if tower is not None and to != "llava":
+        raise InputError(f"--tower-name is not for {to}, whose files hold the tower; leave it out")
+    if drop_lora and to == "peft":
+        raise InputError("--drop-lora is not for peft, which holds the adapters alone; leave it out")
     if reason := refusal(to, model.config):
         raise InputError(f"this model cannot be exported to {to}: {reason}")
     target = Path(target)

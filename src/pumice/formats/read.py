@@ -18,6 +18,7 @@ from pumice.formats.pumice import folder
 from pumice.formats.recognise import ADAPTER_CONFIG, FormatKind, recognise
 from pumice.processor import NO_TOWER
 from pumice.storage.download import gguf_from_hub, is_gguf_name, is_hub_name, locate
+from pumice.storage.json_file import Keys
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import find_weights
 
@@ -74,9 +75,14 @@ def check_sees(source: str | os.PathLike[str], mmproj: str | os.PathLike[str] | 
     """
     if mmproj is not None:
         return
-    kind = recognise(find_model(source))
-    in_gguf = kind is FormatKind.GGUF
-    if kind is FormatKind.LLM or (in_gguf and gguf_files(*find_pair(source, None))[1] is None):
+    path = find_model(source)
+    kind = recognise(path)
+    is_blind = kind is FormatKind.LLM
+    if kind is FormatKind.OWN:
+        is_blind = Keys.of(path / folder.CONFIG).object("vision").values.get("kind") == "none"
+    elif kind is FormatKind.GGUF:
+        is_blind = gguf_files(*find_pair(source, None))[1] is None
+    if is_blind:
         raise InputError(NO_TOWER)
 
 

@@ -228,6 +228,7 @@ def test_your_own_file(data: Any, scored: Any, asked: Any) -> None:
     [
         ({"question": "?"}, "'answers' must be a text or a list of texts"),
         ({"question": "?", "answers": "x", "metric": "bleu"}, "there is no metric 'bleu'"),
+        ({"question": "?", "answers": "x", "metric": ["exact"]}, r"there is no metric \['exact'\]"),
         ({"question": "?", "answers": "x", "metric": "option"}, "needs 'choices'"),
         ({"question": "?", "answers": "Maybe.", "metric": "yes_no"}, "are of yes, no, found \\['maybe'\\]"),
         ({"question": "?", "answers": "c", "choices": ["c", "d"]}, "are of A, B, found \\['c'\\]"),

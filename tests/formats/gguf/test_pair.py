@@ -286,6 +286,7 @@ def test_numbers_of_positions_are_left_out(models: ModuleType, tmp_path: Path, p
         ({"clip__vision__image_size": None}, {}, r"lacks the key 'clip\.vision\.image_size'"),
         ({"clip__vision__image_mean": [0.5]}, {}, "image_mean and image_std need 3 numbers"),
         ({"pumice__vision": "{"}, {}, r"pumice\.vision is not JSON"),
+        ({"pumice__vision": 7}, {}, r"pumice\.vision should be text, not 7"),
         ({"pumice__vision": '{"class_token": "x"}'}, {}, "class_token is 'x'; known are first, shifted"),
     ],
 )

@@ -97,8 +97,10 @@ def own_values(
 def _own(keys: Keys) -> Keys:
     """Return what OWN_KEY says, nothing where it is absent."""
     label = f"{keys.label}: {OWN_KEY}"
+    text = keys.get(OWN_KEY, str, "{}")
     with wrong_input((ValueError, RecursionError), f"{label} is not JSON; export the model again"):
-        own = Keys(json.loads(keys.get(OWN_KEY, str, "{}")), label)
+        values = json.loads(text)
+    own = Keys(values, label)
     if (class_token := own.get("class_token", str, "first")) not in CLASS_TOKENS:
         raise InputError(
             f"{label}: class_token is {class_token!r}; known are {', '.join(CLASS_TOKENS)}; export it again"
