@@ -284,21 +284,22 @@ def from_llava(row_id: str, turns: Iterable[tuple[str, str]], images: Sequence[A
     return Conversation(tuple(messages), id=row_id)
 
 
-def check_media(row: Mapping[str, Any], label: str, *, videos: bool = False) -> None:
-    """Raise InputError if a row names pictures under a key that is not read, or what cannot be shown.
+def check_media(row: Mapping[str, Any], label: str) -> None:
+    """Raise InputError if a row names pictures or videos under a key that is not read, or sounds.
 
-    Such a row would be answered or learned as text alone. label: names the row. videos: whether `video` and
-    `videos` are read; then only other keys of videos are refused. Keys without a value count as absent.
+    Such a row would be answered or learned as text alone. label: names the row. Keys without a value count
+    as absent.
     """
     given = [key for key, value in row.items() if value is not None and value not in ("", [], {})]
     for key in given:
-        if videos and key in _READ["video"]:
+        if key in _READ["video"]:
             continue
-        if videos and _VIDEOS.fullmatch(key):
+        if _VIDEOS.fullmatch(key):
             raise InputError(f"{label}: the key {key!r} is not read; did you mean 'video'?")
-        if _VIDEOS.fullmatch(key) or _SOUNDS.fullmatch(key):
-            only = "pictures and videos" if videos else "pictures"
-            raise InputError(f"{label}: {key!r} cannot be used, only {only}; remove the row or the key")
+        if _SOUNDS.fullmatch(key):
+            raise InputError(
+                f"{label}: {key!r} cannot be used, only pictures and videos; remove the row or the key"
+            )
         meant = _meant(key)
         if meant is not None and not any(name in given for name in _READ[meant]):
             raise InputError(f"{label}: the key {key!r} is not read; did you mean {meant!r}?")

@@ -264,7 +264,7 @@ def _read_row(line: str, number: int, folder: Path, frames: int | None) -> _Row:
     row_id = values.get("id", number)
     question = values.get("question")
     try:
-        check_media(values, f"line {number}", videos=True)
+        check_media(values, f"line {number}")
         shown: list[Any] = _paths(values, "image", folder)
         videos = _paths(values, "video", folder) or _paths(values, "videos", folder)
         if not isinstance(question, str):

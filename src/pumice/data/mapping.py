@@ -106,7 +106,7 @@ class RowMapping:
         images = images_of(values, place)
         videos = videos_of(values, place)
         unread = {name: value for name, value in values.items() if name not in MEDIA and not is_stored(value)}
-        check_media({**unread, "image": images, "video": videos}, place, videos=True)
+        check_media({**unread, "image": images, "video": videos}, place)
         try:
             objects = structured(values.get("objects"))
             if not is_objects(objects):

@@ -69,11 +69,12 @@ def find_pair(
 
 
 def check_sees(source: str | os.PathLike[str], mmproj: str | os.PathLike[str] | None) -> None:
-    """Raise InputError if a model is a language model alone, which sees no pictures. No weight is read.
+    """Raise InputError if a model on this machine is a language model alone, which sees no pictures.
 
-    mmproj: as in `read_model`.
+    No weight is read. One on the hub is not looked up twice: it is refused once it is read. mmproj: as in
+    `read_model`.
     """
-    if mmproj is not None:
+    if mmproj is not None or not os.path.exists(source):
         return
     path = find_model(source)
     kind = recognise(path)

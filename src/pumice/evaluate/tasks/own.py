@@ -314,7 +314,7 @@ def _question(row: dict[str, Any], label: str, folder: Path, number: int, box_ma
             f"{error_prefix}: 'answers' of '{metric}' are of {', '.join(possible)}, found {answers!r}"
         )
     # 2. Read the images, the videos and the prompt.
-    check_media(row, error_prefix, videos=True)
+    check_media(row, error_prefix)
     names = row.get("image", [])
     names = [names] if isinstance(names, str) else names or []
     if not isinstance(names, list) or not all(isinstance(name, str | StoredImage | Video) for name in names):
