@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from pumice.boxes import Box
 from pumice.data.objects import WHERE
-from pumice.errors import InputError
+from pumice.errors import InputError, official
 from pumice.evaluate.files import DataFile, ImageFolders, read_json, require_keys
 from pumice.evaluate.metrics.boxes import best_iou, is_right
 from pumice.evaluate.task import Answered, Question, Score, Task, mean_score
@@ -46,14 +46,9 @@ class RefCoco(Task):
         beside = f"{self.name}/instances.json"
         instances = self.locate(data, beside, "instances.json") if file.member else _beside(file)
         values = read_json(instances, "images", "annotations")
-        try:
+        with official(lambda: f"'{instances}', images with id, annotations with id and bbox"):
             boxes = {note["id"]: note["bbox"] for note in values["annotations"]}
             pictures = {image["id"]: image for image in values["images"]}
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"'{instances}' does not list images with their id, and annotations with id and bbox "
-                f"({type(error).__name__}, {error}); is this the official file?"
-            ) from error
         images = ImageFolders(data, *FOLDERS)
         if not isinstance(refs, list):
             raise InputError(f"'{file}' holds no list of refs; is this the official file?")
@@ -64,7 +59,7 @@ class RefCoco(Task):
             )
             if ref["split"] != split:
                 continue
-            try:
+            with official(lambda number=number: f"'{file}', ref {number}, its sentences, picture and box"):
                 picture, corners = pictures.get(ref["image_id"]), boxes.get(ref["ann_id"])
                 if picture is None or corners is None:
                     raise InputError(
@@ -72,13 +67,6 @@ class RefCoco(Task):
                         f"{ref['ann_id']}, which '{instances}' does not have; give the one beside it"
                     )
                 asked = _questions(ref, picture, corners, images)
-            except InputError:  # which is a ValueError, too
-                raise
-            except (KeyError, TypeError, ValueError) as error:
-                raise InputError(
-                    f"'{file}', ref {number}: its sentences, picture or box are not of their form "
-                    f"({type(error).__name__}, {error}); are these the official files?"
-                ) from error
             yield from asked
 
     def score(self, answered: Sequence[Answered]) -> Score:
