@@ -39,13 +39,10 @@ class ImageFile:
     """An image or a video of a question, read only when the question is asked."""
 
     name: str
-    load: Callable[[], Path | bytes | Video] = field(compare=False, repr=False)
+    # Returns the path or the bytes of the image, or the video. Raises InputError when it is missing.
+    source: Callable[[], Path | bytes | Video] = field(compare=False, repr=False)
     # Says, without reading the image, why it is missing; "" where it exists or is stored in a table.
     problem: Callable[[], str] = field(default=lambda: "", compare=False, repr=False)
-
-    def source(self) -> Path | bytes | Video:
-        """Return the path or the bytes of the image, or the video. Raises InputError when it is missing."""
-        return self.load()
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,6 @@ def judge_notes(unparsed: int) -> list[str]:
 class JudgedTask(Task):
     """A benchmark that a language model grades; set `judge` before calling `score`."""
 
-    judged = True
     prompt_version: str
     judge: Judge | None = None
 

@@ -12,13 +12,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pumice.chat_client import ChatEndpoint, ask_in_order, with_images
 from pumice.errors import CAUSE, InputError, wrong_input
 from pumice.evaluate.task import Question, Task
 from pumice.files import replacing, whole_lines
 from pumice.jsonl import ResumableFile, read_values
+
+if TYPE_CHECKING:
+    from pumice.assistant import Assistant
 
 Progress = Callable[[int, int], None]  # (answered questions, all questions)
 
@@ -33,18 +36,10 @@ class Answerer(Protocol):
         ...
 
 
-class BatchAssistant(Protocol):
-    """The part of `pumice.Assistant` that evaluation uses."""
-
-    def ask_each(
-        self, rows: Iterable[tuple[Any, str]], *, slots: int = 8, **sampling: Any
-    ) -> Iterator[str | InputError]: ...
-
-
 class LocalAnswerer:
     """Answers with a model in this process, greedily."""
 
-    def __init__(self, assistant: BatchAssistant, name: str, slots: int = 16) -> None:
+    def __init__(self, assistant: Assistant, name: str, slots: int = 16) -> None:
         self.assistant, self.name, self.slots = assistant, name, slots
 
     def answer(self, questions: Iterable[Question], max_new_tokens: int) -> Iterator[str | InputError]:
@@ -137,23 +132,14 @@ def rank_and_world() -> tuple[int, int]:
 
 def check_images(questions: Sequence[Question], *, allow_missing: bool) -> int:
     """Return the number of missing images. Raises InputError that counts them unless `allow_missing`."""
-    checked: set[str] = set()
-    missing = 0
-    first_problem = ""
-    for question in questions:
-        for image in question.images:
-            if image.name in checked:
-                continue
-            checked.add(image.name)
-            if problem := image.problem():
-                missing += 1
-                first_problem = first_problem or problem
-    if missing and not allow_missing:
+    images = {image.name: image for question in questions for image in question.images}
+    problems = [problem for image in images.values() if (problem := image.problem())]
+    if problems and not allow_missing:
         raise InputError(
-            f"{missing} of {len(checked)} pictures are missing; the first: {first_problem}; "
+            f"{len(problems)} of {len(images)} pictures are missing; the first: {problems[0]}; "
             "or add --allow-missing, and the result is marked as partial"
         )
-    return missing
+    return len(problems)
 
 
 def run(
@@ -203,12 +189,9 @@ def run(
             if progress is not None:
                 progress(number, len(share))
     # 3. The first process joins the parts, so that the result is the same file as of one process.
-    if world == 1:
-        return True
-    if rank != 0:
-        return False
-    _join_parts(path, parts, [shard(ordered, r, world) for r in range(world)])
-    return True
+    if world > 1 and rank == 0:
+        _join_parts(path, parts, [shard(ordered, r, world) for r in range(world)])
+    return rank == 0
 
 
 def check_line(
@@ -238,12 +221,9 @@ def check_line(
 
 def _join_parts(path: Path, parts: Sequence[Path], shares: Sequence[Sequence[Question]]) -> None:
     """Wait until every part is complete, then join them. torchrun ends all processes when one fails."""
-    while any(_count_lines(part) < len(share) for part, share in zip(parts, shares, strict=True)):
-        time.sleep(0.2)
+    for part, share in zip(parts, shares, strict=True):
+        while not part.exists() or len(whole_lines(part)) < len(share):
+            time.sleep(0.2)
     with replacing(path) as file:
         for part in parts:
             file.writelines(f"{line}\n" for line in whole_lines(part))
-
-
-def _count_lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0

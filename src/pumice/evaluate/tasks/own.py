@@ -32,7 +32,7 @@ from pumice.evaluate.metrics.captions import rouge_l
 from pumice.evaluate.metrics.choice import infer_option
 from pumice.evaluate.metrics.presence import is_unclear, means_yes
 from pumice.evaluate.metrics.vqa import lower_without_period, normalize_m4c, textvqa_accuracy
-from pumice.evaluate.task import Answered, Question, Score, Task, mean_score
+from pumice.evaluate.task import Answered, Question, Score, Task, add_unread, mean_score
 from pumice.explain.words import UNSPACED
 from pumice.geometry import Size
 from pumice.images import image_size
@@ -220,9 +220,7 @@ class OwnFile(Task):
         for name, (is_unread, outcome) in UNREAD.items():
             texts = [(text, question.meta) for question, text in answered if question.meta["metric"] == name]
             if texts:
-                unread = sum(is_unread(text, meta) for text, meta in texts)
-                score.metrics["unread"] = score.metrics.get("unread", 0.0) + unread
-                score.notes += [f"{unread} answers {outcome}"] if unread else []
+                add_unread(score, sum(is_unread(text, meta) for text, meta in texts), outcome)
         if any(question.meta["metric"] == "box" for question, _ in answered):
             score.notes.append(self.box_note())
         return score

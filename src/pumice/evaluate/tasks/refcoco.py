@@ -19,7 +19,7 @@ from pumice.data.objects import WHERE
 from pumice.errors import InputError, official
 from pumice.evaluate.files import DataFile, ImageFolders, read_json, require_keys
 from pumice.evaluate.metrics.boxes import best_iou, is_right
-from pumice.evaluate.task import Answered, Question, Score, Task, mean_score
+from pumice.evaluate.task import Answered, Question, Score, Task, add_unread, mean_score
 from pumice.storage.plain_pickle import read_plain_pickle
 
 FOLDERS = ("train2014", "images/train2014", "images/mscoco/images/train2014")
@@ -75,11 +75,8 @@ class RefCoco(Task):
             for question, text in answered
         ]
         metrics = {"accuracy": [is_right(iou) for iou in ious], "mean_iou": [iou or 0.0 for iou in ious]}
-        notes = [self.box_note()]
-        if unread := sum(iou is None for iou in ious):
-            notes.append(f"{unread} answers hold no box and count as wrong")
-        score = mean_score(answered, metrics, notes=notes)
-        score.metrics["unread"] = unread
+        score = mean_score(answered, metrics, notes=[self.box_note()])
+        add_unread(score, ious.count(None), "hold no box and count as wrong")
         return score
 
 
