@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pumice import __version__
-from pumice.errors import InputError, official
+from pumice.errors import CAUSE, InputError, official, wrong_input
 from pumice.evaluate.files import ImageFile
 from pumice.evaluate.metrics.bootstrap import interval_of
 from pumice.evaluate.predictions import check, match, read_predictions
@@ -227,10 +227,9 @@ def _number(value: float | None) -> float | None:
 
 def read_result(path: Path) -> dict[str, Any]:
     """Read a result that `pumice eval --json` wrote. Raises InputError where the file holds none."""
-    try:
+    damaged = (OSError, ValueError, RecursionError)
+    with wrong_input(damaged, f"the result '{path}' cannot be read ({CAUSE}); write it with --json"):
         result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"the result '{path}' cannot be read ({error}); write it with --json") from error
     if not isinstance(result, dict) or result.get("format") != FORMAT or "headline" not in result:
         raise InputError(f"'{path}' is not a result of pumice eval, format {FORMAT}; write it with --json")
     return result

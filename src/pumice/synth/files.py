@@ -67,10 +67,10 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
     """(number from 1, line) of a text file, blank lines left out."""
     with opened(path) as file:
         for number, line in enumerate(file, 1):
-            try:
+            with wrong_input(
+                UnicodeDecodeError, f"'{path}', line {number} is not UTF-8 text; save it as UTF-8"
+            ):
                 text = line.decode()
-            except UnicodeDecodeError as error:
-                raise InputError(f"'{path}', line {number} is not UTF-8 text; save it as UTF-8") from error
             if text.strip():
                 yield number, text.rstrip("\r\n")
 
@@ -79,12 +79,9 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, object) of each line of a JSON Lines file."""
     for number, line in lines(path):
         error_prefix = f"'{path}', line {number}"
-        try:
+        damaged = f"{error_prefix}: this is not JSON ({CAUSE}); write one object per line"
+        with wrong_input((ValueError, RecursionError), damaged):
             value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{error_prefix}: this is not JSON ({error}); write one object per line"
-            ) from error
         if not isinstance(value, dict):
             raise InputError(
                 f"{error_prefix}: expected an object, found {line[:40]}; write one object per line"

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from pumice.errors import InputError, install
+from pumice.errors import CAUSE, install, wrong_input
 from pumice.files import replacing, whole_lines
 from pumice.progress import can_redraw, number_columns
 from pumice.train.recipe import Recipe
@@ -179,13 +179,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    try:
+    damaged = (ValueError, RecursionError)
+    with wrong_input(damaged, f"{path} is damaged ({CAUSE}); remove it; the checkpoints do not need it"):
         events = [json.loads(line) for line in whole_lines(path)]
         if not all(map(_is_event, events)):
             raise ValueError("a line is no event of a step")
-        return events
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error}); remove it; the checkpoints do not need it") from error
+    return events
 
 
 def _is_event(event: Any) -> bool:
