@@ -41,9 +41,8 @@ class WandB:
         run_id = json.loads(id_path.read_text())["id"] if id_path.exists() else wandb.util.generate_id()
         with replacing(id_path) as file:
             json.dump({"id": run_id}, file)
-        config = json.loads(recipe.model_dump_json())
         self._run: Any = wandb.init(
-            name=recipe.name, id=run_id, resume="allow", config=config, dir=str(recipe.output)
+            name=recipe.name, id=run_id, resume="allow", config=recipe.stored(), dir=str(recipe.output)
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
