@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,8 +201,12 @@ def latest(
         # 2. Verify files before the recipe: a damaged state.json could blame the recipe.
         _verify(path, world)
         state = _read_state(path / _STATE)
-        if differences := _list_differences(complete(state["recipe"]), recipe):
-            raise _RecipeDiffers(*differences[0])
+        for key, stored, current in _differences(complete(state["recipe"]), recipe):
+            now = "this run has" if key in CLASSES else "the recipe now says"
+            raise InputError(
+                f"{path} was made with {key}: {stored!r}, {now} {current!r}; set it back to continue, start "
+                "again in another output folder, or start a new run from the finished model"
+            )
         # 3. Read tensors and this process's random state.
         tensors = _read(path / _TENSORS, trainable, device, world)
         rng = path / f"rng-{world.rank:05d}.safetensors"
@@ -217,12 +221,8 @@ def latest(
             recipe=state["recipe"],
             progress=state["progress"],
         )
-    except _RecipeDiffers as error:
-        now = "this run has" if error.key in CLASSES else "the recipe now says"
-        raise InputError(
-            f"{path} was made with {error.key}: {error.stored!r}, {now} {error.current!r}; set it back to "
-            "continue, start again in another output folder, or start a new run from the finished model"
-        ) from error
+    except InputError:
+        raise
     except FileNotFoundError as error:
         missing = Path(error.filename or str(error).rpartition(": ")[2]).name
         raise InputError(f"the checkpoint {path} lacks {missing}; {remedy}") from error
@@ -234,13 +234,6 @@ def latest(
         wrong = sorted(name for name, _ in shapes[0].items() ^ shapes[1].items())
         raise InputError(f"the checkpoint {path} does not fit the model: {wrong[0]} differs; {remedy}")
     return checkpoint
-
-
-class _RecipeDiffers(Exception):
-    """A recipe field has another value in the checkpoint than now."""
-
-    def __init__(self, key: str, stored: Any, current: Any) -> None:
-        self.key, self.stored, self.current = key, stored, current
 
 
 def _read(
@@ -304,17 +297,13 @@ def _verify(path: Path, world: World) -> None:
             raise ValueError(f"{name} has changed: its SHA-256 is not the manifest's")
 
 
-def _list_differences(stored: Any, current: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """Return (key, stored value, current value) of every value that differs; nested keys joined by dots."""
-    if not (isinstance(stored, dict) and isinstance(current, dict)):
-        return [(key, stored, current)] if stored != current else []
-    return [
-        difference
-        for name in sorted(stored.keys() | current.keys())
-        for difference in _list_differences(
-            stored.get(name), current.get(name), f"{key}.{name}" if key else name
-        )
-    ]
+def _differences(stored: Any, current: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, stored value, current value) of every value that differs; nested keys joined by dots."""
+    if isinstance(stored, dict) and isinstance(current, dict):
+        for name in sorted(stored.keys() | current.keys()):
+            yield from _differences(stored.get(name), current.get(name), f"{key}.{name}" if key else name)
+    elif stored != current:
+        yield key, stored, current
 
 
 def _list_checkpoints(folder: Path) -> list[Path]:

@@ -217,14 +217,6 @@ class World:
         dist.all_reduce(totals)
         return totals.tolist()
 
-    def broadcast(self, value: int) -> int:
-        """Return the first process's value on every process."""
-        if self.size == 1:
-            return value
-        shared = torch.tensor(value, device=self._collective_device())
-        dist.broadcast(shared, 0)
-        return int(shared)
-
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.size > 1:

@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pumice.errors import NEWER, InputError, shorten
+from pumice.train.shipped import near_shipped
 
 # What transformers' arguments and LLaVA's scripts call a key, where its spelling is no hint.
 _ELSEWHERE = {
@@ -34,31 +35,29 @@ def _nearest(dotted: str, known: Sequence[str]) -> str | None:
     return f"{place}.{near[0]}".lstrip(".") if same_place else candidates[0]
 
 
-def missing_base(path: Path, name: str, base: Path, shipped: Sequence[str]) -> InputError:
-    """Return the error of a recipe at `path` that extends `name`, a file `base` that is not there.
-
-    shipped: recipes of like names that Pumice brings.
-    """
-    hint = f"; one that Pumice brings is named {shipped[0]}" if shipped else ""
-    if near := _like_named(base, path):
-        hint = f"; did you mean {' or '.join(Path(name).with_name(one).as_posix() for one in near)}?"
-    return InputError(f"{path}: extends {name}, but there is no {base}{hint}")
+def missing_base(path: Path, name: str, base: Path) -> InputError:
+    """Return the error of a recipe at `path` that extends `name`, a file `base` that is not there."""
+    hint = _hint(base, Path(name), near_shipped(name.removesuffix(".yaml")), but=path)
+    return InputError(f"{path}: extends {name}, but there is no {base}{'; ' * bool(hint)}{hint}")
 
 
-def missing_recipe(path: Path, shipped: Sequence[str]) -> InputError:
-    """Return the error of a recipe that is not there. shipped: as in `missing_base`."""
-    last_parts = {re.split("[:/]", name)[-1]: name for name in shipped}
-    same = difflib.get_close_matches(path.stem, last_parts, n=1)
-    hint = f"one that Pumice brings is named {last_parts[same[0]]}" if same else "check the path"
-    if near := _like_named(path):
-        hint = f"did you mean {' or '.join(path.with_name(one).as_posix() for one in near)}?"
+def missing_recipe(path: Path) -> InputError:
+    """Return the error of a recipe that is not there."""
+    last_parts = {re.split("[:/]", name)[-1]: name for name in near_shipped(path.stem)}
+    shipped = [last_parts[last] for last in difflib.get_close_matches(path.stem, last_parts, n=1)]
+    hint = _hint(path, path, shipped) or "check the path"
     return InputError(f"cannot read the recipe {path}: there is no such file; {hint}")
 
 
-def _like_named(path: Path, but: Path | None = None) -> list[str]:
-    """Return the names of recipes beside `path` that are like its own, without that of `but`."""
+def _hint(path: Path, written: Path, shipped: Sequence[str], but: Path | None = None) -> str:
+    """Return what may be meant by a recipe that is not there: one beside it, or a shipped one.
+
+    written: the path as the user wrote it. but: the recipe that extends it.
+    """
     beside = {file.stem: file.name for file in sorted(path.parent.glob("*.y*ml")) if file != but}
-    return [beside[stem] for stem in difflib.get_close_matches(path.stem, beside)]
+    if near := [beside[stem] for stem in difflib.get_close_matches(path.stem, beside)]:
+        return f"did you mean {' or '.join(written.with_name(one).as_posix() for one in near)}?"
+    return f"one that Pumice brings is named {shipped[0]}" if shipped else ""
 
 
 def main_problem(
