@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -244,16 +245,15 @@ def prefetch(prepare: Callable[[int], T], first: int, end: int, workers: int) ->
     If preparing a step fails, its error is raised when the step is due.
     """
     with ThreadPoolExecutor(workers, "rows") as pool:
-        pending: list[Future[T]] = []
-        upcoming = iter(range(first, end))
-        # Keep one step per worker in the queue: more would only hold memory.
-        for _, step in zip(range(workers), upcoming, strict=False):
-            pending.append(pool.submit(prepare, step))
+        pending: deque[Future[T]] = deque()
         try:
+            for step in range(first, end):
+                pending.append(pool.submit(prepare, step))
+                # Keep one step per worker in the queue: more would only hold memory.
+                if len(pending) > workers:
+                    yield pending.popleft().result()
             while pending:
-                ready = pending.pop(0).result()
-                pending += [pool.submit(prepare, step) for _, step in zip(range(1), upcoming, strict=False)]
-                yield ready
+                yield pending.popleft().result()
         finally:
             for future in pending:
                 future.cancel()

@@ -68,18 +68,13 @@ def restore_optimizer(
     optimizer: torch.optim.Optimizer, trainable: Mapping[str, Tensor], checkpoint: Checkpoint
 ) -> None:
     """Put the state of a checkpoint into an optimiser; inverse of `optimizer_state`."""
-    for name, parameter in trainable.items():
-        state: dict[str, Any] = {}
-        for key, value in checkpoint.plain.items():
-            if key.partition(".")[2] == name:
-                # AdamW counts its steps in a tensor on the device, bitsandbytes in a number.
-                number = value if isinstance(value, int) else torch.tensor(value, device=parameter.device)
-                state[key.partition(".")[0]] = number
-        for key, tensor in checkpoint.moments.items():
-            if key.partition(".")[2] == name:
-                state[key.partition(".")[0]] = tensor
-        if state:
-            optimizer.state[parameter] = state
+    for key, value in (checkpoint.plain | checkpoint.moments).items():
+        kind, _, name = key.partition(".")
+        if (parameter := trainable.get(name)) is not None:
+            # AdamW counts its steps in a tensor on the device, bitsandbytes in a number.
+            if isinstance(value, float):
+                value = torch.tensor(value, device=parameter.device)
+            optimizer.state[parameter][kind] = value
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep_last: int, world: World | None = None) -> None:
