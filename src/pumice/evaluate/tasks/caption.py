@@ -14,9 +14,8 @@ from pumice.evaluate.metrics.cider import Cider
 from pumice.evaluate.task import Answered, Floats, Question, Score, Task, scores_by_category
 
 PROMPT = "Provide a one-sentence caption for the provided image."
-SPICE = (
-    "PUMICE_SPICE"  # environment variable: 1 also computes SPICE, whose Java program downloads large models
-)
+# An environment variable: 1 also computes SPICE, whose Java program downloads large models.
+SPICE = "PUMICE_SPICE"
 
 
 def caption_score(answered: Sequence[Answered]) -> Score:
