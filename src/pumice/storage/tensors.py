@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pumice.errors import InputError, WorkError
 from pumice.kernels.packed import BlockFormat, PackedMatrix
-from pumice.storage.json_file import Keys
+from pumice.storage.json_file import Keys, write_json
 
 SHARD_BYTES = 5 * 10**9
 MAPPED_BYTES = 2**28  # of a file whose tensors are read once each: it is closed after so many
@@ -356,9 +356,7 @@ def write_weights(
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.size for tensor in state.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / f"{stem}.safetensors.index.json").write_text(
-        json.dumps(index, indent=2) + "\n", encoding="utf-8"
-    )
+    write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
 def check_written(name: str, tensor: LazyTensor, value: Tensor, remedy: str) -> None:
