@@ -225,7 +225,10 @@ class Assistant:
     def ask_each(
         self, rows: Iterable[tuple[Any, str]], *, slots: int = SLOTS, **sampling: Any
     ) -> Iterator[str | InputError]:
-        """Answer rows as in `ask_many`, as an iterator. Rows are taken when needed, `slots` at a time."""
+        """Answer rows as in `ask_many`, as an iterator. Rows are taken when needed, `slots` at a time.
+
+        An InputError among the rows, of one that could not be read, comes back in its place.
+        """
         if slots < 1:
             raise InputError(f"slots is {slots}; at least one question must be answered at a time")
         return self._each(rows, slots, self._params(sampling))
@@ -238,6 +241,8 @@ class Assistant:
         try:
             for number, row in enumerate(rows, 1):
                 try:
+                    if isinstance(row, InputError):
+                        raise row
                     if not isinstance(row, list | tuple) or len(row) != 2:
                         raise InputError(f"row {number} is {row!r}; give (pictures, question)")
                     prompt = self._prompt(_question(*row), params)

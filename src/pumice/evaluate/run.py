@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -43,24 +42,8 @@ class LocalAnswerer:
         self.assistant, self.name, self.slots = assistant, name, slots
 
     def answer(self, questions: Iterable[Question], max_new_tokens: int) -> Iterator[str | InputError]:
-        # One entry per question read so far: its error, or None where the model answers it.
-        errors: deque[InputError | None] = deque()
-
-        def rows() -> Iterator[tuple[Any, str]]:
-            for question in questions:
-                try:
-                    images = [image.source() for image in question.images]
-                except InputError as error:
-                    errors.append(error)
-                else:
-                    errors.append(None)
-                    yield images or None, question.prompt
-
-        for answer in self.assistant.ask_each(rows(), slots=self.slots, max_new_tokens=max_new_tokens):
-            while (error := errors.popleft()) is not None:
-                yield error
-            yield answer
-        yield from (error for error in errors if error is not None)
+        rows = _each(questions, lambda question, images: (images or None, question.prompt))
+        return self.assistant.ask_each(rows, slots=self.slots, max_new_tokens=max_new_tokens)
 
 
 def endpoint_at(url: str, model: str, parallel: int) -> ChatEndpoint:
@@ -77,19 +60,23 @@ class EndpointAnswerer:
         self.endpoint, self.name = endpoint, endpoint.model
 
     def answer(self, questions: Iterable[Question], max_new_tokens: int) -> Iterator[str | InputError]:
-        def chats() -> Iterator[dict[str, Any] | InputError]:
-            for question in questions:
-                try:
-                    images = [image.source() for image in question.images]
-                    content = with_images(question.prompt, images) if images else question.prompt
-                except InputError as error:
-                    yield error
-                else:
-                    message = {"role": "user", "content": content}
-                    yield {"messages": [message], "temperature": 0.0, "max_tokens": max_new_tokens}
+        def chat(question: Question, images: list[Any]) -> dict[str, Any]:
+            content = with_images(question.prompt, images) if images else question.prompt
+            message = {"role": "user", "content": content}
+            return {"messages": [message], "temperature": 0.0, "max_tokens": max_new_tokens}
 
-        for reply in ask_in_order(self.endpoint, chats()):
+        for reply in ask_in_order(self.endpoint, _each(questions, chat)):
             yield reply if isinstance(reply, InputError) else reply.text
+
+
+def _each(questions: Iterable[Question], make: Callable[[Question, list[Any]], Any]) -> Iterator[Any]:
+    """Yield what `make` makes of each question and its images, or why these cannot be read."""
+    for question in questions:
+        try:
+            made = make(question, [image.source() for image in question.images])
+        except InputError as error:
+            made = error
+        yield made
 
 
 def group_by_images(questions: Sequence[Question]) -> list[Question]:
