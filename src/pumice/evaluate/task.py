@@ -200,13 +200,18 @@ def mean_score(
 
 
 def scores_by_category(
-    answered: Sequence[Answered], values: Sequence[float], key: str
+    answered: Sequence[Answered], values: Sequence[float | None], key: str
 ) -> dict[str, CategoryScore]:
-    """Return the mean of `values` in percent for each meta[key], in order of appearance."""
+    """Return the mean of `values` in percent for each meta[key], in order of appearance.
+
+    meta[key] may be a list of several. An answer without a value counts in none.
+    """
     values_by_name: dict[str, list[float]] = {}
     for (question, _), value in zip(answered, values, strict=True):
-        if (name := question.meta.get(key)) is not None:
-            values_by_name.setdefault(str(name), []).append(value)
+        names = question.meta.get(key)
+        for name in names if isinstance(names, list) else [names]:
+            if name is not None and value is not None:
+                values_by_name.setdefault(str(name), []).append(value)
     return {
         name: CategoryScore(100 * sum(scores) / len(scores), len(scores))
         for name, scores in values_by_name.items()

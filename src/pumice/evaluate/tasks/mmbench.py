@@ -91,12 +91,11 @@ class MMBench(Task):
         for (question, _), hit in zip(answered, right, strict=True):
             groups.setdefault(question.meta["group"], []).append(hit)
         # The first rotation in the file carries the circular score; the others have none.
-        circular_values: list[float | None] = []
-        counted: set[str] = set()
-        for question, _ in answered:
-            group = question.meta["group"]
-            circular_values.append(None if group in counted else float(all(groups[group])))
-            counted.add(group)
+        uncounted = dict(groups)
+        circular_values = [
+            float(all(hits)) if (hits := uncounted.pop(question.meta["group"], None)) else None
+            for question, _ in answered
+        ]
         first = [a for a, b in zip(answered, circular_values, strict=True) if b is not None]
         circular = [b for b in circular_values if b is not None]
         vanilla = [hit for (q, _), hit in zip(answered, right, strict=True) if int(q.id) < ROTATION]
