@@ -203,11 +203,9 @@ class World:
             if self.rank < len(parts):
                 local(tensor).copy_(parts[self.rank])
 
-    @contextlib.contextmanager
-    def accumulate(self, last: bool) -> Iterator[None]:
-        """Wrap one pack's forward and backward pass; DDP reduces gradients after the last pack only."""
-        with self._module.no_sync() if self.kind == "ddp" and not last else contextlib.nullcontext():
-            yield
+    def accumulate(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Return the context of a pack, forward and backward; DDP reduces gradients in the last one only."""
+        return self._module.no_sync() if self.kind == "ddp" and not last else contextlib.nullcontext()
 
     def sum(self, *values: float) -> list[float]:
         """Sum each value over all processes."""

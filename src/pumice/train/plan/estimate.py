@@ -175,9 +175,13 @@ def describe_device(recipe: Recipe, gpu: str | None = None, gpu_memory: float | 
         memory_gb = gpu_spec.memory if gpu_memory is None else gpu_memory
         if recipe.precision == "bf16" and not gpu_spec.has_bf16:  # which training would refuse
             raise InputError(f"a {gpu} does not compute in bf16; use precision: fp32")
-        tf32_share = 0.5 if gpu_spec.has_bf16 else gpu_spec.fp32_share
-        shares = {"bf16": 1.0, "tf32": tf32_share, "fp32": gpu_spec.fp32_share}
-        rate = gpu_spec.rate * 1e12 * GPU_UTILISATION * shares[recipe.precision]
+        # Products take so many times as long as in bf16.
+        times = {
+            "bf16": 1,
+            "tf32": 2 if gpu_spec.has_bf16 else gpu_spec.fp32_part,
+            "fp32": gpu_spec.fp32_part,
+        }
+        rate = gpu_spec.rate * 1e12 * GPU_UTILISATION / times[recipe.precision]
         return Device(gpu, "cuda", memory_gb * GB, rate)
     device = find_device(recipe.device)
     if recipe.precision == "bf16":
