@@ -61,9 +61,9 @@ class Judge:
         # 3. A row of ours has "reply", one of LLaVA's "content".
         for row in rows:
             if "reply" in row or "content" in row:
-                text, key = row.get("reply", row.get("content")), "id" if "reply" in row else "question_id"
+                key, reply = ("id", "reply") if "reply" in row else ("question_id", "content")
                 marks = str(row.get("prompt_version", "")), str(row.get("prompt_sha256", ""))
-                self._keep(row.get(key), text, row.get("judge"), *marks)
+                self._keep(row.get(key), row[reply], row.get("judge"), *marks)
                 continue
             for key, grade in row.items():
                 if not isinstance(grade, Mapping) or not grade.get("content"):

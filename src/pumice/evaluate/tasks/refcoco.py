@@ -52,6 +52,10 @@ class RefCoco(Task):
         images = ImageFolders(data, *FOLDERS)
         if not isinstance(refs, list):
             raise InputError(f"'{file}' holds no list of refs; is this the official file?")
+
+        def where() -> str:
+            return f"'{file}', ref {number}, its sentences, picture and box"
+
         # 2. A question for each sentence about a thing.
         for number, ref in enumerate(refs, 1):
             require_keys(
@@ -59,7 +63,7 @@ class RefCoco(Task):
             )
             if ref["split"] != split:
                 continue
-            with official(lambda number=number: f"'{file}', ref {number}, its sentences, picture and box"):
+            with official(where):
                 picture, corners = pictures.get(ref["image_id"]), boxes.get(ref["ann_id"])
                 if picture is None or corners is None:
                     raise InputError(
