@@ -91,13 +91,8 @@ def _questions(task: Task, data: Path) -> Iterator[Question]:
 def _check_texts(question: Question) -> None:
     meta = question.meta
     truths = meta["answers"] if "answers" in meta else [meta.get("answer") or ""]
-    texts = [
-        question.id,
-        question.prompt,
-        question.llava_id,
-        *(image.name for image in question.images),
-        *truths,
-    ]
+    names = [image.name for image in question.images]
+    texts = [question.id, question.prompt, question.llava_id, *names, *truths]
     category = meta.get("category", "")
     texts += [] if category is None or isinstance(category, int) else [category]
     if not_texts := [text for text in texts if not isinstance(text, str)]:

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -86,8 +87,7 @@ def group_by_images(questions: Sequence[Question]) -> list[Question]:
     """
     by_images: dict[tuple[str, ...], list[Question]] = {}
     for question in questions:
-        key = tuple(image.name for image in question.images) or (f"\0{question.id}",)
-        by_images.setdefault(key, []).append(question)
+        by_images.setdefault(_image_names(question), []).append(question)
     return [question for group in by_images.values() for question in group]
 
 
@@ -99,16 +99,18 @@ def shard(questions: Sequence[Question], rank: int, world: int) -> list[Question
     if not 0 <= rank < world:
         raise InputError(f"there is no rank {rank} among {world} processes; check RANK and WORLD_SIZE")
     share: list[Question] = []
-    previous_key: object = None
-    owner = 0
-    for index, question in enumerate(questions):
-        key = tuple(image.name for image in question.images) or question.id
-        # The owner changes only between images, so that no image is encoded by two processes.
-        if key != previous_key:
-            owner, previous_key = index * world // len(questions), key
-        if owner == rank:
-            share.append(question)
+    index = 0
+    # The owner changes only between images, so that no image is encoded by two processes.
+    for _, group in groupby(questions, key=_image_names):
+        same_images = list(group)
+        share += same_images if index * world // len(questions) == rank else []
+        index += len(same_images)
     return share
+
+
+def _image_names(question: Question) -> tuple[str, ...]:
+    """Return the names of a question's images; of one without any, a name of its own."""
+    return tuple(image.name for image in question.images) or (f"\0{question.id}",)
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -151,11 +153,8 @@ def run(
     max_tokens = max_new_tokens or task.max_new_tokens
     limit = None if max_tokens == task.max_new_tokens else max_tokens
     checked = partial(check_line, model=answerer.name, max_tokens=limit)
-    if (
-        world > 1
-        and path.exists()
-        and len(read_values(path, partial(checked, path, ordered))) == len(ordered)
-    ):
+    joined = read_values(path, partial(checked, path, ordered)) if world > 1 and path.exists() else ()
+    if joined and len(joined) == len(ordered):
         return rank == 0
     parts = [path if world == 1 else path.with_name(f"{path.name}.{r}-of-{world}") for r in range(world)]
     share = shard(ordered, rank, world)

@@ -101,10 +101,8 @@ class Batches:
 
     def check(self) -> None:
         """Check every row before the first step. Raises InputError when too many rows are bad."""
-        if (
-            sum(int(rows.bad_rows(self.finder).sum()) for rows in self.mixture.rows)
-            <= self.recipe.max_bad_rows
-        ):
+        bad = sum(int(rows.bad_rows(self.finder).sum()) for rows in self.mixture.rows)
+        if bad <= self.recipe.max_bad_rows:
             return
         report = check(self.mixture.rows, self.finder, decode=False)
         bad_rows = [problem for problem in report.problems if problem.kind not in NOTES]

@@ -38,6 +38,11 @@ MAX_COPY_SHARE = 0.6
 WAIT = datetime.timedelta(hours=12)
 
 
+def needs_shards(model_states: float, memory: float) -> bool:
+    """Return whether a copy of so many bytes leaves a GPU too little memory beside it."""
+    return model_states > MAX_COPY_SHARE * memory
+
+
 def check_shardable(recipe: Recipe) -> None:
     """Raise InputError if shards cannot hold what the recipe asks for."""
     if recipe.optimizer == "adamw8bit":
@@ -124,7 +129,7 @@ class World:
         """
         if self.size > 1 and recipe.parallel == "auto" and device.type == "cuda":
             memory = torch.cuda.get_device_properties(device).total_memory
-            self.kind = "fsdp" if model_states > MAX_COPY_SHARE * memory else "ddp"
+            self.kind = "fsdp" if needs_shards(model_states, memory) else "ddp"
         if self.kind == "fsdp":
             check_shardable(recipe)
 

@@ -124,8 +124,7 @@ class TrainingReport:
 
     def _drop_after(self, step: int) -> None:
         """Drop the metrics after `step`: the resumed run writes them again. Drop all at step 0."""
-        events = [event for event in read_metrics(self.path) if event["step"] <= step]
-        events = events if step else []
+        events = [event for event in read_metrics(self.path) if step and event["step"] <= step]
         # A crash during this write leaves the old file whole.
         with replacing(self.path) as file:
             file.writelines(json.dumps(event) + "\n" for event in events)

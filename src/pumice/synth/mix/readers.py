@@ -65,39 +65,36 @@ class ReaderInput:
 def vqav2(inputs: ReaderInput) -> Iterator[Unit]:
     """VQAv2 and OK-VQA: questions and annotations joined by question_id; the answer most people gave."""
     answers: dict[Any, str] = {}
-    for note in items(inputs.file("annotations"), "annotations"):
+    file, notes = inputs.file("questions"), inputs.file("annotations")
+    for note in items(notes, "annotations"):
         answers[note.get("question_id")] = sys.intern(str(most_given(note)))
-    for question in items(inputs.file("questions"), "questions"):
+    for question in items(file, "questions"):
         inputs.items += 1
         key, image = question.get("question_id"), question.get("image_id")
         if key not in answers:
             raise InputError(
-                f"'{inputs.file('questions')}': question {key} has no answer in "
-                f"'{inputs.file('annotations')}'; give both files of one split"
+                f"'{file}': question {key} has no answer in '{notes}'; give both files of one split"
             )
         if not isinstance(image, int):
-            raise InputError(
-                f"'{inputs.file('questions')}': question {key} has the image_id {image!r}; mend it"
-            )
+            raise InputError(f"'{file}': question {key} has the image_id {image!r}; mend it")
         if answers[key].strip():
             yield Unit(inputs.image(f"{image:012d}.jpg"), ((str(question.get("question")), answers[key]),))
         else:
             inputs.skipped["empty answer"] += 1
     if inputs.items != len(answers):
         raise InputError(
-            f"'{inputs.file('questions')}' has {inputs.items} questions and '{inputs.file('annotations')}' "
-            f"{len(answers)} answers; give both files of one split"
+            f"'{file}' has {inputs.items} questions and '{notes}' {len(answers)} answers; give both files of "
+            "one split"
         )
 
 
 def gqa(inputs: ReaderInput) -> Iterator[Unit]:
     """GQA's train_balanced_questions.json."""
-    for key, question in pairs(inputs.file("questions")):
+    file = inputs.file("questions")
+    for key, question in pairs(file):
         inputs.items += 1
         if "answer" not in question or "imageId" not in question:
-            raise InputError(
-                f"'{inputs.file('questions')}': question {key} lacks answer or imageId; give GQA's file"
-            )
+            raise InputError(f"'{file}': question {key} lacks answer or imageId; give GQA's file")
         yield Unit(inputs.image(f"{question['imageId']}.jpg"), ((question["question"], question["answer"]),))
 
 
