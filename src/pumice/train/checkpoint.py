@@ -91,10 +91,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep_last: int, world: World | No
             shutil.rmtree(partial, ignore_errors=True)
             (partial / _TENSORS).mkdir(parents=True)
         world.barrier()
-        written = _write(partial, checkpoint, world)
-        manifest = {
-            k: v for part in world.gather(_manifest_entries(partial, written)) for k, v in part.items()
-        }
+        entries = world.gather(_write(partial, checkpoint, world))
+        manifest = {name: entry for part in entries for name, entry in part.items()}
         # 2. The manifest comes last: it certifies every other file.
         if world.main:
             (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -115,8 +113,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep_last: int, world: World | No
     world.barrier()
 
 
-def _write(partial: Path, checkpoint: Checkpoint, world: World) -> list[Path]:
-    """Write this process's files, flush them to disk, and return their paths."""
+def _write(partial: Path, checkpoint: Checkpoint, world: World) -> dict[str, dict[str, Any]]:
+    """Write this process's files, flush them to disk, and return their entries of the manifest."""
     tensors = {f"weights.{name}": tensor for name, tensor in checkpoint.weights.items()} | checkpoint.moments
     rng = partial / f"rng-{world.rank:05d}.safetensors"
     safetensors.torch.save_file(checkpoint.rng, rng)
@@ -146,7 +144,10 @@ def _write(partial: Path, checkpoint: Checkpoint, world: World) -> list[Path]:
     for path in written:
         make_readable(path)
         sync(path)
-    return written
+    return {
+        path.relative_to(partial).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
+        for path in written
+    }
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -256,13 +257,6 @@ def _read(
     reader = HuggingFaceStorageReader(str(folder))
     load(buffers, storage_reader=reader, no_dist=world.size == 1)
     return buffers
-
-
-def _manifest_entries(partial: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
-    return {
-        path.relative_to(partial).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
-        for path in files
-    }
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from packaging.version import Version
 
 from pumice.errors import InputError, install, wrong_input
+from pumice.files import folder_size
 from pumice.formats.load import check_bf16
 from pumice.geometry import image_layout
 from pumice.storage.memory import GB
@@ -92,8 +93,7 @@ def check_disk(recipe: Recipe, stage_sizes: Sizes) -> None:
     """
     needed = stage_sizes.disk(recipe.keep_last)
     # A resumed run replaces its own old files, so their space counts as free.
-    written = sum(p.stat().st_size for p in recipe.output.rglob("*") if p.is_file())
-    free = shutil.disk_usage(recipe.output).free + written
+    free = shutil.disk_usage(recipe.output).free + folder_size(recipe.output)
     if free < needed:
         raise InputError(
             f"{recipe.output} needs {needed / GB:.2f} GB ({recipe.keep_last} + 1 checkpoints of "

@@ -130,12 +130,12 @@ class TrainingReport:
             file.writelines(json.dumps(event) + "\n" for event in events)
 
 
-def draw_loss(output: Path) -> Path | None:
-    """Draw `loss.png` of a run in its folder and return its path; None without matplotlib."""
+def draw_loss(output: Path) -> None:
+    """Draw `loss.png` of a run in its folder; do nothing without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return None  # as was said before the first step
+        return  # as was said before the first step
     events = read_metrics(output / METRICS)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -147,7 +147,6 @@ def draw_loss(output: Path) -> Path | None:
     axes.set(xlabel="optimiser step", ylabel="loss per supervised token (nats)")
     axes.legend()
     figure.savefig(output / PLOT, dpi=120)
-    return output / PLOT
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -138,10 +138,8 @@ def ocrvqa(inputs: ReaderInput) -> Iterator[Unit]:
 
 def textcaps(inputs: ReaderInput) -> Iterator[Unit]:
     """TextCaps with the OCR tokens of TextVQA where that file is given; one of a picture's captions."""
-    tokens: dict[str, list[str]] = {}
-    if "ocr" in inputs.files:
-        for entry in items(inputs.file("ocr"), "data"):
-            tokens[str(entry.get("image_id"))] = [str(t) for t in entry.get("ocr_tokens") or ()]
+    listed = items(inputs.file("ocr"), "data") if "ocr" in inputs.files else ()
+    tokens = {str(one.get("image_id")): [str(t) for t in one.get("ocr_tokens") or ()] for one in listed}
     captions: dict[str, list[str]] = {}
     for entry in items(inputs.file("captions"), "data"):
         inputs.items += 1
