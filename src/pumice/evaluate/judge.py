@@ -6,17 +6,19 @@ A reply that does not parse is counted and is in no mean; it never becomes a num
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pumice.chat_client import ChatEndpoint, ask_in_order
 from pumice.errors import InputError
 from pumice.evaluate.files import DataFile, read_lines
-from pumice.evaluate.task import Answered, Task
+from pumice.evaluate.task import Task
 from pumice.jsonl import ResumableFile, is_cut_off, parse_json
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -111,46 +113,43 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def judge_notes(unparsed: int) -> list[str]:
-    """Return the notes of a judged score. unparsed: replies that hold no grade."""
-    notes = ["judges differ: compare only results of one judge and one prompt version"]
-    if unparsed:
-        notes.append(f"{unparsed} replies of the judge do not parse and are in no mean")
-    return notes
-
-
 class JudgedTask(Task):
     """A benchmark that a language model grades; set `judge` before calling `score`."""
 
     prompt_version: str
     judge: Judge | None = None
 
-    def replies(self, prompts: Sequence[tuple[str, str]], **options: Any) -> list[JudgeReply | None]:
-        """Return the judge's reply to each (id, prompt). Raises InputError without a judge or its replies."""
+    def grade(
+        self, prompts: Sequence[tuple[str, str]], parse: Callable[[str], T | None], **options: Any
+    ) -> tuple[list[T | None], list[str], dict[str, Any]]:
+        """Ask the judge about each (id, prompt).
+
+        Returns what `parse` reads in each reply, None where it holds no grade; notes on the score; and what
+        the result states about the judge. Raises InputError without a judge or its replies.
+        """
         if self.judge is None:
             raise InputError(
                 f"{self.name} is scored by a judge; give --judge-url URL and --judge-model NAME, "
                 "or --reviews FILE with its replies"
             )
-        replies = self.judge.ask(prompts, self.prompt_version, **options)
-        missing = [key for (key, _), reply in zip(prompts, replies, strict=True) if reply is None]
-        if missing:
+        found = self.judge.ask(prompts, self.prompt_version, **options)
+        replies = [reply for reply in found if reply is not None]
+        if missing := [key for (key, _), reply in zip(prompts, found, strict=True) if reply is None]:
             raise InputError(
                 f"'{self.judge.path}' has no reply to {len(missing)} of {len(prompts)} answers (first: "
                 f"{missing[0]}); add --judge-url to ask for them"
             )
-        return replies
-
-    def judge_summary(
-        self, replies: Iterable[JudgeReply | None], unparsed: int, answered: Sequence[Answered]
-    ) -> dict[str, Any]:
-        """Return what the result states about the judge. unparsed: replies that hold no grade."""
-        received = [reply for reply in replies if reply is not None]
-        return {
-            "models": sorted({reply.judge for reply in received}),
-            "prompt_versions": sorted({reply.version or "another program's" for reply in received}),
-            "replies": len(received),
+        grades = [parse(reply.text) for reply in replies]
+        unparsed = grades.count(None)
+        notes = ["judges differ: compare only results of one judge and one prompt version"]
+        if unparsed:
+            notes.append(f"{unparsed} replies of the judge do not parse and are in no mean")
+        summary = {
+            "models": sorted({reply.judge for reply in replies}),
+            "prompt_versions": sorted({reply.version or "another program's" for reply in replies}),
+            "replies": len(replies),
             "unparsed": unparsed,
-            "used": len(answered) - unparsed,
-            "file": str(self.judge.path) if self.judge is not None and self.judge.path else None,
+            "used": len(replies) - unparsed,
+            "file": str(self.judge.path) if self.judge.path else None,
         }
+        return grades, notes, summary

@@ -149,7 +149,7 @@ def test_mmvet_grades_of_its_own_evaluator_and_rows_of_llava(mmvet: Any, scored:
     before = (tmp_path / "grades.json").read_bytes()
     task.judge = Judge(tmp_path / "grades.json", ChatEndpoint("http://127.0.0.1:9/v1", "judge"))
     with pytest.raises(InputError, match="is no object, so the file is another one"):
-        task.replies([("v1_9", "?")])
+        task.grade([("v1_9", "?")], parse_grade)
     assert (tmp_path / "grades.json").read_bytes() == before
 
 
