@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from starlette.responses import Response
 
 from pumice.conversation import Conversation, Video
-from pumice.engine.grammar_check import GrammarCheck, refused
+from pumice.engine.grammar_check import check_grammars, refused
 from pumice.engine.requests import Prompt, check_room
 from pumice.engine.sampling import SamplingParams
 from pumice.errors import ContextOverflow, InputError, shorten
@@ -318,11 +318,8 @@ class Backend:
         new = [one for one in wanted if one is first[one.grammar] and one.grammar not in self._grammars]
         if new:
             # 1. A process compiles them first. It ends when nobody waits for it any more.
-            check = GrammarCheck([one.grammar for one in new])
-            try:
-                reasons = await self._workers.run("schemas", check.run)
-            finally:
-                check.stop()
+            grammars = [one.grammar for one in new]
+            reasons = await self._workers.run("schemas", check_grammars, grammars)
             # 2. What it could compile, this process can.
             for one, reason in zip(new, reasons, strict=True):
                 async with self._input_errors(one.field, code=one.code):
