@@ -59,17 +59,18 @@ _DESCRIBE = "Describe the picture."
 
 @dataclass(frozen=True)
 class Mapped:
-    """A record as a row says it. images: pictures and videos in the order of their places.
+    """A record as a row says it: its pictures and videos, by name or inside the source, and (speaker, text).
 
-    added: pictures for which the turns had no `<image>`. objects: names and boxes for the placeholders in the
-    turns.
+    image: in the order of their places. messages: of a row in that form, with the pictures in their places.
+    added: pictures for which the row had no `<image>`; it was put in front. objects: names and boxes for the
+    placeholders in the turns.
     """
 
     id: str
-    images: tuple[Image, ...]
+    image: tuple[Image, ...]
     turns: tuple[tuple[str, str], ...]
-    messages: tuple[Message, ...] = ()  # of a row in that form, with the pictures in their places
-    added: int = 0
+    messages: tuple[Message, ...] = ()
+    added: int = field(default=0, compare=False)
     objects: Objects | None = None
 
 
@@ -111,7 +112,7 @@ class RowMapping:
             objects = structured(values.get("objects"))
             if not is_objects(objects):
                 mapped = self._words(row_id, values, images, videos, place, form)
-                if not mapped.images:
+                if not mapped.image:
                     _check_unread(values)
                 return mapped
             if not values.keys() & _WORDS:
