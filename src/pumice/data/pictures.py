@@ -6,7 +6,7 @@ import ast
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -91,28 +91,23 @@ def images_of(values: Record, place: str) -> list[Image]:
         )
     if not found:
         return []
-    value = structured(values[found[0]])
-    images = value if isinstance(value, list) else [value]
-    try:
-        return [image_of(image, place) for image in images]
-    except TypeError as error:
-        raise InputError(
-            f"{place}: {found[0]!r} must be a path or a list of paths, found {_shorten_json(value)}"
-        ) from error
+    return _media_of(values, found[0], place, lambda image: image, "")
 
 
 def videos_of(values: Record, place: str) -> list[Image]:
     """Return the videos that a column names."""
     name = next((name for name in _VIDEOS if values.get(name)), None)
-    if name is None:
-        return []
+    return [] if name is None else _media_of(values, name, place, Video, " of videos")
+
+
+def _media_of(values: Record, name: str, place: str, kind: Callable[[Any], Any], what: str) -> list[Image]:
+    """Return what one column names, each as a `kind`. what: ends the description of a list in an error."""
     value = structured(values[name])
-    videos = value if isinstance(value, list) else [value]
     try:
-        return [image_of(Video(video), place) for video in videos]
+        return [image_of(kind(item), place) for item in (value if isinstance(value, list) else [value])]
     except TypeError as error:
         raise InputError(
-            f"{place}: {name!r} must be a path or a list of paths of videos, found {_shorten_json(value)}"
+            f"{place}: {name!r} must be a path or a list of paths{what}, found {_shorten_json(value)}"
         ) from error
 
 
