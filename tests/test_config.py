@@ -148,7 +148,7 @@ def test_left_out_keys_take_their_defaults() -> None:
         (
             ("decoder", "rope_scaling"),
             {"kind": "yarn", "factor": 2.0},
-            "config.json: decoder: rope_scaling: unknown kind 'yarn'; use linear or llama3",
+            "config.json: decoder: rope_scaling: unknown kind 'yarn'; use one of linear, llama3",
         ),
         (("vision", "stride"), 0, "config.json: vision: stride must be 1 or more, not 0"),
         (("connector", "factor"), 0, "config.json: connector: factor must be 1 or more, not 0"),

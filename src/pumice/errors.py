@@ -77,11 +77,11 @@ def instead_of(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {meant!r}?" if meant else NEWER
 
 
-def near(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that an unknown one may mean, if any."""
+def near(name: str, known: Iterable[str], alike: float = 0.6) -> str | None:
+    """Return the known name that an unknown one may mean, if any. alike: how much, 0 to 1."""
     import difflib  # here, as in `install`: `import pumice` stays quick
 
-    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=alike)), None)
 
 
 def check_known(value: object, known: Collection[str], problem: str) -> None:

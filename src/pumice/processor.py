@@ -124,9 +124,9 @@ class Processor:
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer, *, truncate: bool = False) -> None:
         """truncate: cut training samples that exceed the context instead of refusing them."""
-        CAPABILITY.check(config.image)
-        if config.chat is not None:
-            CAPABILITY.check(config.chat)
+        for part in (config.image, config.chat, config.video, config.marks):
+            if part is not None:
+                CAPABILITY.check(part)
         check_used(config)
         self.config = config
         self.truncate = truncate
@@ -139,10 +139,7 @@ class Processor:
             if not 0 <= number < config.decoder.vocab_size:
                 rows = config.decoder.vocab_size
                 raise InputError(f"the config names the token {number}, the embedding has only {rows} rows")
-        if config.video is not None:
-            CAPABILITY.check(config.video)
         if config.marks is not None:
-            CAPABILITY.check(config.marks)
             self._check_marks(config.marks)
         for token in config.image_wrap or ():
             if token not in tokenizer.special:

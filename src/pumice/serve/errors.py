@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 
 from pydantic import BaseModel, ValidationError
 
-from pumice.errors import ContextOverflow, shorten
+from pumice.errors import ContextOverflow, near, shorten
 from pumice.serve.answers import ModelResponse
 from pumice.serve.anthropic import AnthropicError
 from pumice.serve.ollama import OllamaError
@@ -144,8 +143,8 @@ def validation_error(error: ValidationError, known: Collection[str] = ()) -> Api
     if context.get("expected") in ("False", "''") or context.get("max_length") == 0:  # only absent is right
         return invalid(param, f"{param} is not supported; leave it out", "unsupported_value")
     if code == "extra_forbidden":
-        near = difflib.get_close_matches(path[0], known, n=1, cutoff=NEAR) if len(path) == 1 else ()
-        remedy = f"did you mean '{near[0]}'?" if near else "leave it out"
+        meant = near(path[0], known, NEAR) if len(path) == 1 else None
+        remedy = f"did you mean '{meant}'?" if meant else "leave it out"
         return invalid(param, f"unknown field '{param}'; {remedy}", "unknown_field")
     if code == "missing":
         hint = f" or null; give {content}" if path[-1] == "content" else ""

@@ -29,7 +29,7 @@ from pumice.config import (
     ModelConfig,
     VisionConfig,
 )
-from pumice.errors import InputError, WorkError
+from pumice.errors import InputError, WorkError, check_known
 from pumice.formats import names as tensor_names
 from pumice.formats.families import FAMILIES, INTERLEAVED
 from pumice.formats.gguf.file import GgufFile, kind_name
@@ -116,10 +116,8 @@ def write(
     that every patch has its own; the first patch is lost there. Raises InputError.
     """
     kind, tower_kind = kind.lower(), None if tower_kind is None else tower_kind.lower()
-    for name, options in ((kind, TYPES), (tower_kind, (None, *TOWER_TYPES)), (class_token, CLASS_TOKENS)):
-        if name not in options:
-            listed = ", ".join(filter(None, options))
-            raise InputError(f"there is no {name!r} among the options of GGUF; use one of {listed}")
+    for name, options in ((kind, TYPES), (tower_kind or "f16", TOWER_TYPES), (class_token, CLASS_TOKENS)):
+        check_known(name, options, f"there is no {name!r} among the options of GGUF")
     if class_token == "shifted" and model.config.vision.kind != "clip":
         raise InputError(
             f"class_token shifted is for a CLIP; a tower of kind {model.config.vision.kind!r} has no class "
