@@ -236,8 +236,9 @@ def _format(template: str, path: Path) -> tuple[Template | Plain, Tokenizer, int
         chat_format = get_template(model.template if template == OWN else template, model.chat)
         bos = model.bos_token_id
     else:
-        name, chat, writes_bos, _ = side.chat_format(template, str(path))
-        chat_format, bos = get_template(name, chat), side.bos_id(writes_bos)
+        described, _ = side.chat_format(template, str(path))
+        chat_format = get_template(described.template, described.chat)
+        bos = side.bos_id(described.writes_bos)
     text_tokenizer = Tokenizer(side.tokenizer)
     # Raises InputError if the tokenizer lacks special tokens of the template.
     text_tokenizer.stops(chat_format)

@@ -21,7 +21,7 @@ def write_vocabulary(writer: Any, config: ModelConfig, tokenizer: Tokenizer) -> 
     if model.get("type") != "BPE":
         raise InputError(f"the tokenizer is a {model.get('type')}; llama.cpp gets byte-pair encodings only")
     tokens, kinds = _tokens(tokenizer, values, config.decoder.vocab_size)
-    merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    merges = list(map(tuple, model["merges"]))
     if model.get("byte_fallback"):
         writer.add_string("tokenizer.ggml.model", "llama")
         writer.add_string("tokenizer.ggml.pre", "default")
@@ -70,9 +70,7 @@ def _scores(tokens: list[str], kinds: list[int], merges: list[tuple[str, ...]]) 
 
     Only their order counts. Raises InputError if the merges are not those that SentencePiece would use.
     """
-    ranks: dict[str, int] = {}
-    for rank, pair in enumerate(merges):
-        ranks.setdefault("".join(pair), rank)
+    ranks = {"".join(pair): rank for rank, pair in reversed(list(enumerate(merges)))}
     # SentencePiece merges any two tokens that make a third, so each such pair must be in the list of merges.
     indivisible = {token for token, kind in zip(tokens, kinds, strict=True) if kind in (NORMAL, USER_DEFINED)}
     listed = set(merges)

