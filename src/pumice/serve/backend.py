@@ -63,6 +63,8 @@ if TYPE_CHECKING:
     from pumice.engine.constraint import Grammar
 
 T = TypeVar("T", bound=BaseRequest)
+# Requests of other protocols, which become one for a chat.
+Translated = ResponsesRequest | AnthropicRequest | OllamaChatRequest | OllamaGenerateRequest
 Pictures = dict[str, bytes | Video]  # field name -> file, or frames of a video
 
 LONG_BODY = 1 << 15  # bytes; parsing a longer body would block the event loop for too long
@@ -116,40 +118,38 @@ class Backend:
         request = await self._parse(ResponsesRequest, body)
         request = self._stored.filled(record.key, request, record.memory)
         form = ResponsesForm(self._model(request), request, self._stored, record.key)
-        chat = await self._workers.run("parse", _as_chat, request, "input")
-        return await self._converse(record, chat, form, "input")
+        return await self._converse(record, request, form, "input")
 
     async def message(self, record: RequestRecord, body: bytes) -> Response:
         request = await self._parse(AnthropicRequest, body)
         form = AnthropicForm(self._model(request), request)
-        chat = await self._workers.run("parse", _as_chat, request, "messages")
-        return await self._converse(record, chat, form, "messages")
+        return await self._converse(record, request, form, "messages")
 
     async def ollama_chat(self, record: RequestRecord, body: bytes) -> Response:
-        return await self._ollama(record, await self._parse(OllamaChatRequest, body), is_chat=True)
+        return await self._ollama(record, await self._parse(OllamaChatRequest, body), "messages")
 
     async def ollama_generate(self, record: RequestRecord, body: bytes) -> Response:
-        return await self._ollama(record, await self._parse(OllamaGenerateRequest, body), is_chat=False)
+        return await self._ollama(record, await self._parse(OllamaGenerateRequest, body), "prompt")
 
     async def _ollama(
-        self, record: RequestRecord, request: OllamaChatRequest | OllamaGenerateRequest, *, is_chat: bool
+        self, record: RequestRecord, request: OllamaChatRequest | OllamaGenerateRequest, field: str
     ) -> Response:
-        form = OllamaForm(self._model(request), is_chat)
+        form = OllamaForm(self._model(request), is_chat=field == "messages")
         if request.loads_only:
             return ModelResponse(form.loaded())
-        field = "messages" if is_chat else "prompt"
-        chat = await self._workers.run("parse", _as_chat, request, field)
-        return await self._converse(record, chat, form, field)
+        return await self._converse(record, request, form, field)
 
     async def ollama_show(self, _: RequestRecord, body: bytes) -> Response:
         await self._parse(OllamaShowRequest, body)
         return ModelResponse(self.ollama_card.show())
 
     async def _converse(
-        self, record: RequestRecord, request: ChatRequest, form: AnswerForm, field: str | None = None
+        self, record: RequestRecord, request: ChatRequest | Translated, form: AnswerForm, field: str = ""
     ) -> Response:
         """Answer a conversation. field: where a request of another protocol has it."""
-        # 1. Check what needs no work.
+        # 1. Translate the request to the chat's protocol, and check what needs no work.
+        if not isinstance(request, ChatRequest):
+            request = await self._workers.run("parse", _as_chat, request, field)
         check_tools(request, field)
         template = self.assistant.processor.template
         tools = tool_use(request, None if isinstance(template, Plain) else template.chat.tools)
@@ -412,9 +412,7 @@ class Backend:
             raise
 
 
-def _as_chat(
-    request: ResponsesRequest | AnthropicRequest | OllamaChatRequest | OllamaGenerateRequest, field: str
-) -> ChatRequest:
+def _as_chat(request: Translated, field: str) -> ChatRequest:
     """Return a request of another protocol as one for a chat. field: where it has the conversation."""
     try:
         return request.chat()
