@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -24,7 +25,13 @@ TILED = ("anyres", "split", "grid")  # the modes that may cut an image into tile
 SEVERAL = ("tiles", "square")
 RESAMPLINGS = ("bicubic", "bilinear", "lanczos")
 STDS = (1e-6, 1e6)  # the range of a std of pixels: one near 0 makes them infinite
-PENALTIES = (0.01, 1e6)  # the range of a repetition_penalty: one near 0 makes logits infinite
+# How answers are drawn: the lowest and the highest value of each setting, and the range in words.
+DRAWN = {
+    "temperature": (0, math.inf, "0 (greedy) or more"),
+    "top_p": (math.ulp(0.0), 1, "more than 0, at most 1"),
+    "top_k": (0, math.inf, "0 (off) or more"),
+    "repetition_penalty": (0.01, 1e6, "0.01 to 1000000.0"),  # one near 0 makes logits infinite
+}
 DECODER_ACTIVATIONS = ("silu", "gelu_tanh")
 # How a connector reduces the features of a tile -> their number after it, from the features on a side and the
 # config's factor. `model/connector.py` computes them.
@@ -288,7 +295,7 @@ class LoraConfig:
 class GenerationConfig:
     """How a model's answers are sampled by default. These fields' own defaults are greedy.
 
-    The fields are those of `SamplingParams`, which checks them.
+    The fields are some of those of `SamplingParams`.
     """
 
     temperature: float = 0.0
@@ -297,18 +304,9 @@ class GenerationConfig:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        low, high = PENALTIES
-        if (
-            self.temperature < 0
-            or not 0 < self.top_p <= 1
-            or self.top_k < 0
-            or not (low <= self.repetition_penalty <= high)
-        ):
-            raise InputError(
-                f"temperature {self.temperature} and top_k {shorten(self.top_k)} must be 0 or more, "
-                f"top_p {self.top_p} above 0 and at most 1, "
-                f"repetition_penalty {self.repetition_penalty} from {low} to {high}"
-            )
+        for name, (low, high, words) in DRAWN.items():
+            if not low <= (value := getattr(self, name)) <= high:
+                raise InputError(f"{name} is {shorten(value)}; give {words}")
 
 
 _GREEDY = GenerationConfig()
