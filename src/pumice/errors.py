@@ -18,11 +18,7 @@ class _Sentence(Exception):
 
     def __str__(self) -> str:
         # Compiled when an error is shown: `import pumice` stays quick.
-        return re.sub(r"\S{1000,}", _cut, super().__str__())  # longer than a path
-
-
-def _cut(word: re.Match[str]) -> str:
-    return f"{word[0][:200]}... ({len(word[0])} characters)"
+        return re.sub(r"\S{1000,}", lambda word: cut(word[0]), super().__str__())  # longer than a path
 
 
 class InputError(_Sentence, ValueError):
@@ -62,13 +58,17 @@ class WorkError(_Sentence, RuntimeError):
     """
 
 
+def cut(text: str, characters: int = 200) -> str:
+    """Return a text from outside as a message shows it: cut off where it is longer."""
+    return text if len(text) <= characters else f"{text[:characters]}... ({len(text)} characters)"
+
+
 def shorten(value: object, characters: int = 200) -> str:
     """Return a value from outside as a message shows it: its repr, cut off where it is longer."""
     try:
-        text = repr(value)
+        return cut(repr(value), characters)
     except ValueError:  # a whole number of thousands of digits
         return "a number of too many digits"
-    return text if len(text) <= characters else f"{text[:characters]}... ({len(text)} characters)"
 
 
 def instead_of(name: str, known: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from pumice.conversation import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, StoredImage, Video
 from pumice.data.sources.folders import PICTURES
 from pumice.data.sources.source import Record
-from pumice.errors import InputError, counted, shorten
+from pumice.errors import InputError, counted, cut, shorten
 from pumice.messages import decode_data_url
 
 Image = str | StoredImage | Video  # the name of a file, a picture inside the source, or a video's file
@@ -178,7 +178,6 @@ def structured(value: Any) -> Any:
 
 def _shorten_json(value: Any) -> str:
     try:
-        text = json.dumps(value)
+        return cut(json.dumps(value))
     except TypeError:
         return shorten(value)
-    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from pydantic import BaseModel, ValidationError
 
-from pumice.errors import ContextOverflow, near, shorten
+from pumice.errors import ContextOverflow, cut, near, shorten
 from pumice.serve.answers import ModelResponse
 from pumice.serve.anthropic import AnthropicError
 from pumice.serve.ollama import OllamaError
@@ -49,8 +49,7 @@ TYPES = {
 }
 
 
-LONGEST_VALUE = 200  # characters of what a client sent that come back to it, and go to the log
-LONGEST_MESSAGE = 1000  # characters of an error, several such values included
+LONGEST_MESSAGE = 1000  # characters of an error, what the client sent included
 
 
 class ApiError(Exception):
@@ -94,11 +93,6 @@ class ApiError(Exception):
 def invalid(param: str | None, message: str, code: str | None = None) -> ApiError:
     """Return the error of a request whose field `param` is wrong; None: no field, but the request itself."""
     return ApiError(400, message, param=param, code=code)
-
-
-def cut(text: str, characters: int = LONGEST_VALUE) -> str:
-    """Return a text that a client may have sent as it comes back to it: shortened."""
-    return text if len(text) <= characters else f"{text[:characters]}... ({len(text)} characters)"
 
 
 def busy(what: str, seconds: int, code: str = "queue_full", **headers: str) -> ApiError:

@@ -29,7 +29,7 @@ from pumice.formats.gguf.file import GgufFile
 from pumice.formats.gguf.llm import lazy_tensor, shortest
 from pumice.formats.hf.config import padding
 from pumice.storage.json_file import Keys
-from pumice.storage.tensors import LazyStateDict, LazyTensor, as_lazy
+from pumice.storage.tensors import LazyStateDict, as_lazy
 
 ARCHITECTURE = "clip"
 # What Pumice's own files say in one key, as JSON, because llama.cpp has no key for it.
@@ -249,13 +249,8 @@ def _state(
     # The script drops dimensions of 1; a class token has one, its width.
     for name in ("tower.class_token", "image_newline"):
         if name in state:
-            state[name] = _flat(state[name])
+            tensor = state[name]
+            state[name] = tensor.map(torch.Tensor.flatten, (math.prod(tensor.shape),))
     # No file has the final norm, which is never computed; our tower has it.
     ones = {"weight": torch.ones, "bias": torch.zeros}
     return state | {f"tower.post_norm.{part}": as_lazy(make(vision.width)) for part, make in ones.items()}
-
-
-def _flat(tensor: LazyTensor) -> LazyTensor:
-    if len(tensor.shape) == 1:
-        return tensor
-    return tensor.map(torch.Tensor.flatten, (math.prod(tensor.shape),))

@@ -27,10 +27,14 @@ def write_vocabulary(writer: Any, config: ModelConfig, tokenizer: Tokenizer) -> 
         writer.add_string("tokenizer.ggml.pre", "default")
         writer.add_array("tokenizer.ggml.tokens", tokens)
         writer.add_array("tokenizer.ggml.scores", _scores(tokens, kinds, merges))
-        writer.add_bool("tokenizer.ggml.add_space_prefix", _begins_with_space(tokenizer))
+        first = tokenizer.encode("a", add_special_tokens=False).tokens[:1]
+        writer.add_bool("tokenizer.ggml.add_space_prefix", "".join(first).startswith(SPACE))
     else:
+        if (name := pre_tokenizer_name(values)) is None:
+            known = ", ".join(PRE_TOKENIZERS)
+            raise InputError(f"llama.cpp has no name for how the tokenizer splits words; known are {known}")
         writer.add_string("tokenizer.ggml.model", "gpt2")
-        writer.add_string("tokenizer.ggml.pre", _pre_tokenizer(values))
+        writer.add_string("tokenizer.ggml.pre", name)
         writer.add_array("tokenizer.ggml.tokens", tokens)
         writer.add_array("tokenizer.ggml.merges", [f"{left} {right}" for left, right in merges])
     writer.add_array("tokenizer.ggml.token_type", kinds)
@@ -85,21 +89,6 @@ def _scores(tokens: list[str], kinds: list[int], merges: list[tuple[str, ...]]) 
                     )
     lowest = float(-len(merges))
     return [-float(ranks[token]) if token in ranks else lowest for token in tokens]
-
-
-def _begins_with_space(tokenizer: Tokenizer) -> bool:
-    """Return whether the tokenizer puts a space before the first word."""
-    plain = tokenizer.encode("a", add_special_tokens=False).tokens
-    return bool(plain) and plain[0].startswith(SPACE)
-
-
-def _pre_tokenizer(values: dict[str, Any]) -> str:
-    """Return llama.cpp's name for how this tokenizer splits words. Raises InputError if it has none."""
-    if (name := pre_tokenizer_name(values)) is not None:
-        return name
-    raise InputError(
-        f"llama.cpp has no name for how the tokenizer splits words; known are {', '.join(PRE_TOKENIZERS)}"
-    )
 
 
 def pre_tokenizer_name(values: dict[str, Any]) -> str | None:

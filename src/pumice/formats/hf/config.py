@@ -217,12 +217,14 @@ def image_policy(keys: Keys, vision: VisionConfig) -> ImagePolicy:
             f"the tower takes {vision.image_size}"
         )
     # 3. With shortest_edge alone, a picture keeps its aspect ratio and is not square.
-    shortest = isinstance(keys.values.get("size"), dict) and "shortest_edge" in keys.values["size"]
-    if shortest and not crop and not pad:
+    size = keys.values.get("size")
+    named = size if isinstance(size, dict) else {}
+    if "shortest_edge" in named and not crop and not pad:
         raise InputError(f"{keys.label}: shortest_edge without do_center_crop does not make pictures square")
     with naming(keys.label):
         return ImagePolicy(
-            mode="pad" if pad else "crop" if crop and _crops(keys) else "squash",
+            # Resizing to a height and a width leaves nothing to crop.
+            mode="pad" if pad else "crop" if crop and "height" not in named else "squash",
             mean=mean,
             std=std,
             resample=keys.only("resample", RESAMPLE, 3),
@@ -362,9 +364,3 @@ def _sides(keys: Keys, key: str, default: int) -> set[int]:
     if not sides or not all(isinstance(side, int) for side in sides):
         raise InputError(f"{keys.label}: {key} should be one or two numbers of pixels, not {shorten(value)}")
     return set(sides)
-
-
-def _crops(keys: Keys) -> bool:
-    """Return whether resizing leaves anything to crop. A size of height and width leaves nothing."""
-    size = keys.values.get("size")
-    return not (isinstance(size, dict) and "height" in size)
