@@ -184,28 +184,22 @@ class Backend:
             sampling["logprobs"] = request.logprobs
             sampling["prompt_logprobs"] = request.logprobs if request.echo else None
         constraint = await self._compile(await self._workers.run("parse", held_to, request))
+        scored, usage = request.logprobs is not None, request.include_usage_in_stream
+        form = CompletionForm(self._model(request), scored, usage, request.max_tokens == 0)
+        prompts: list[Prompt] = []
+        readers: list[PieceReader] = []
         async with self._input_errors("prompt"):
-            single = [
-                await self._workers.run(
-                    kind_of(len(prompt)), self._text_prompt, prompt, request.add_special_tokens, sampling
-                )
-                for prompt in request.prompts
-            ]
-            prompts = [
-                one for prompt in single for one in _several(replace(prompt, constraint=constraint), count)
-            ]
-            decode = self.assistant.processor.tokenizer.decode
-            echoes = [
-                text if isinstance(text, str) else await self._workers.run("long", decode, text)
-                for text in (request.prompts if request.echo else ())
-            ]
-            scored, usage = request.logprobs is not None, request.include_usage_in_stream
-            form = CompletionForm(self._model(request), scored, usage, request.max_tokens == 0)
-            readers: list[PieceReader] = [as_text] * len(prompts)
-            if request.echo:
-                texts = [text for text in echoes for _ in range(count)]
-                sizes = [len(prompt.input_ids) for prompt in prompts]
-                readers = [Echo(*echoed, form.only_prompts) for echoed in zip(texts, sizes, strict=True)]
+            for text in request.prompts:
+                kind, special = kind_of(len(text)), request.add_special_tokens
+                prompt = await self._workers.run(kind, self._text_prompt, text, special, sampling)
+                prompts += _several(replace(prompt, constraint=constraint), count)
+                if not request.echo:
+                    readers += [as_text] * count
+                    continue
+                if not isinstance(text, str):
+                    decode = self.assistant.processor.tokenizer.decode
+                    text = await self._workers.run("long", decode, text)
+                readers += [Echo(text, len(prompt.input_ids), form.only_prompts) for _ in range(count)]
             return await self._answer(record, request, prompts, readers, form)
 
     async def boxes(self, record: RequestRecord, body: bytes) -> Response:
