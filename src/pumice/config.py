@@ -265,8 +265,8 @@ class ImagePolicy:
             _at_least(1, self, "longest_edge")
         if self.mode in TILED and self.several is None:
             object.__setattr__(self, "several", "tiles" if self.max_tiles is None else "square")
-        if self.several not in (None, *SEVERAL):
-            raise InputError(f"unknown several {self.several!r}; use one of {', '.join(SEVERAL)}")
+        if self.several is not None:
+            check_known(self.several, SEVERAL, f"unknown several {self.several!r}")
 
     def uses_tiles(self, images: int) -> bool:
         """Return whether each image of a conversation with this many images is cut into tiles."""

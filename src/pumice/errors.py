@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -129,6 +129,12 @@ def official(describe: Callable[[], str]) -> Iterator[None]:
         raise InputError(
             f"{describe()}: its fields are not the official ones ({detail}); fetch it anew"
         ) from error
+
+
+def some(names: Sequence[str], limit: int = 5) -> str:
+    """Return the first few names, and how many more there are, for a message."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def counted(number: int, noun: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pumice.boxes import box_map, write_boxes
-from pumice.capability import CHAT, MODE_FIELDS, MODE_MARKS, MODE_VIDEO, PICTURED, Capability, fields
+from pumice.capability import CHAT, IMAGE, MODE_FIELDS, MODE_MARKS, MODE_VIDEO, PICTURED, Capability, fields
 from pumice.config import IMAGE_TOKEN, TILED, ChatFormat, ImagePolicy, ModelConfig
 from pumice.conversation import Conversation, ImagePart, Video
 from pumice.errors import ContextOverflow, InputError
@@ -33,9 +33,7 @@ NO_TOWER = (
 CAPABILITY = Capability(
     "the processor",
     {
-        ImagePolicy: fields(
-            "mode mean std resample pad_color pinpoints unpad max_tiles several longest_edge enlarge"
-        ),
+        ImagePolicy: fields(IMAGE),
         ChatFormat: fields(f"{CHAT} {PICTURED}"),
         VideoPolicy: fields("max_frames fps longest_edge timestamps pool average"),
         TileMarks: fields("tile row between whole end number"),

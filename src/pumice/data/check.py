@@ -117,7 +117,7 @@ def check(
     truncate: bool = False,
     held_out: Sequence[Rows] = (),
     workers: int = 0,
-    progress: Callable[[], None] | None = None,
+    progress: Callable[[], object] = lambda: None,
     decoded: Callable[[int, int], None] | None = None,
 ) -> DataReport:
     """Check every row of every source and report all problems.
@@ -162,8 +162,7 @@ def check(
             report.problems += [
                 Problem(kind, source.source, row.number, row.id, why) for kind, why in findings
             ]
-            if progress is not None:
-                progress()
+            progress()
     # 5. A held-out picture that is also learned makes the held-out loss too good.
     for number, source in enumerate(held_out, len(rows)):
         for row in scan.rows(number):

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from pumice.data.pictures import (
 )
 from pumice.data.sources.json_text import kind
 from pumice.data.sources.source import Record
-from pumice.errors import InputError, RowError, check_known
+from pumice.errors import InputError, RowError, check_known, some
 from pumice.messages import read_messages
 
 Turns = list[tuple[str, str]]
@@ -287,12 +287,10 @@ def _messages(values: Record) -> list[Any] | None:
     if "messages" in values:
         messages = structured(values["messages"])
     elif "prompt" in values and "completion" in values:
-        both = [structured(values[name]) for name in ("prompt", "completion")]
-        roles = ("user", "assistant")
-        lists = [
-            [{"role": r, "content": b}] if isinstance(b, str) else b for r, b in zip(roles, both, strict=True)
-        ]
-        messages = [*lists[0], *lists[1]]
+        messages = []
+        for name, role in (("prompt", "user"), ("completion", "assistant")):
+            said = structured(values[name])
+            messages += [{"role": role, "content": said}] if isinstance(said, str) else said
     else:
         return None
     if not isinstance(messages, list) or not messages:
@@ -421,5 +419,4 @@ def _unknown(values: Record, form: str) -> str:
 
 
 def _listed(values: Mapping[str, Any]) -> str:
-    names: Sequence[str] = [repr(name) for name in values]
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    return some([repr(name) for name in values], 12)

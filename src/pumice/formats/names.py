@@ -12,7 +12,7 @@ from collections.abc import Container, Mapping
 from typing import NamedTuple
 
 from pumice.config import DecoderConfig, ModelConfig, VisionConfig
-from pumice.errors import InputError
+from pumice.errors import InputError, some
 from pumice.formats.derived import Derived, position_numbers, rotary_frequencies
 from pumice.storage.tensors import LazyStateDict, check_same
 
@@ -287,12 +287,6 @@ def inverse(table: Table) -> dict[str, str]:
         if isinstance(param_name, str):
             names.setdefault(param_name, source_name)
     return names
-
-
-def some(names: list[str], limit: int = 5) -> str:
-    """Return the first few names, and how many more there are, for a message."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def _decoder(
