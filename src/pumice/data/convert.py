@@ -41,7 +41,7 @@ def convert(
     *,
     rows_per_file: int = 1000,
     max_bad_rows: int = 0,
-    progress: Callable[[int], object] = lambda _: None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Counter[str]:
     """Write rows into the folder `out`, and return counts of what was done.
 
