@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from pumice.formats.read import BUILT_IN, find_model, read_model
 from pumice.formats.sizes import weight_sizes
 from pumice.kernels import loader
 from pumice.model import quantized_vision, vision
+from pumice.storage import tensors
 from pumice.storage.tensors import open_file
 
 
@@ -131,6 +133,28 @@ def test_pages_of_what_is_converted_are_given_back(
     kept = sum(tensor.nbytes for tensor in model.parameters() if tensor.dtype == torch.float16)
     assert kept > 0
     assert resident(tmp_path) < kept + 1e6  # and pages around; 13 to 19 MB are converted
+
+
+def test_a_bin_that_cannot_be_mapped_is_read_once(
+    models: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = models.tiny(models.ARCHITECTURES["CLIP + Llama, pad (LLaVA 1.5)"])
+    state = {name: tensor.cast(torch.float16) for name, tensor in parts.state.items()}
+    save(tmp_path, parts.config, state, tokenizer=parts.tokenizer.to_str())
+    stored = {name: tensor.read() for name, tensor in open_file(tmp_path / "model.safetensors").items()}
+    torch.save(stored, tmp_path / "model.bin", _use_new_zipfile_serialization=False)
+    (tmp_path / "model.safetensors").unlink()
+    opened: list[Path] = []
+    plain = tensors._Bin._load
+
+    def noted(self: tensors._Bin) -> Any:
+        opened.append(self.path)
+        return plain(self)
+
+    monkeypatch.setattr(tensors._Bin, "_load", noted)
+    monkeypatch.setattr("pumice.formats.load.MAPPED_BYTES", 1)
+    open_model(tmp_path)
+    assert opened == [tmp_path / "model.bin"]
 
 
 def resident(folder: Path) -> int:

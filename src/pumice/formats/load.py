@@ -321,7 +321,7 @@ def _fill(
         if dtype_of(name) != tensor.dtype:
             tensors[name] = read(name, tensor)
             close_last_file(MAPPED_BYTES)
-    close_last_file()
+    close_last_file(1)
     tensors |= {name: read(name, tensor) for name, tensor in state.items() if name not in tensors}
     model.load_state_dict(tensors, assign=True)
     model.requires_grad_(False).eval()

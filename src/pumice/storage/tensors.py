@@ -217,6 +217,7 @@ class _File:
         self.path = path
         self._handle: Any = None
         self._bytes_read = 0  # since it was opened
+        self.is_mapped = True
 
     def handle(self) -> Any:
         """Return the open file; open it first if another one was read last."""
@@ -267,10 +268,11 @@ class _File:
 def close_last_file(pages: int = 0) -> None:
     """Close the file that was read last: its pages count as this process's memory while it is open.
 
-    pages: keep it open until so many bytes of it have been read, because opening a `.bin` takes time.
+    pages: keep it open until so many bytes of it have been read, because opening a `.bin` takes time, and
+    for ever if it cannot be mapped: it would be read whole again.
     """
     last = _File._last
-    if last is not None and last._bytes_read >= pages:
+    if last is not None and last._bytes_read >= pages and (last.is_mapped or not pages):
         _File._last = last._handle = None
 
 
@@ -318,6 +320,7 @@ class _Bin(_File):
             if "mmap" not in str(error):
                 raise
             # Files written before PyTorch 1.6 cannot be mapped.
+            self.is_mapped = False
             return torch.load(self.path, map_location="cpu", weights_only=True)
 
     def _shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
