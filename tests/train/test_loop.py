@@ -470,6 +470,6 @@ def test_a_packed_batch_of_tiles_has_the_losses_of_its_rows(
     with torch.no_grad():
         together = trainer.objective(trainer._load_pack(packed, mirrored)).item()
         alone = sum(
-            trainer.objective(trainer._load_pack(Pack((tree,)), [False])).item() for tree in packed.trees
+            trainer.objective(trainer._load_pack(Pack.of((tree,)), [False])).item() for tree in packed.trees
         )
     assert together == pytest.approx(alone, rel=1e-5)

@@ -185,10 +185,6 @@ def mix(
             comparison = "" if reference is None else f" (LLaVA-1.5 has {reference['rows']:,})"
             print(f"{source['name']}: {source['rows']:,} rows of {source['available']:,}{comparison}")
         print(f"{manifest['rows']:,} rows in {out}")
-    differences = [
-        s["reference"]["sentence"]
-        for s in manifest["sources"]
-        if s["reference"] and s["reference"]["sentence"]
-    ]
-    if differences:
-        raise WorkError(differences[0])
+    for source in manifest["sources"]:
+        if source["reference"] and (difference := source["reference"]["sentence"]):
+            raise WorkError(difference)

@@ -308,7 +308,7 @@ class Trainer:
                 self.batches.skipped.add(", ".join(image.name for image in tree.images), error)
         if not trees:
             return PackTensors.dummy()
-        return PackTensors.of(pack if len(trees) == len(pack.trees) else Pack(tuple(trees)), images, pin)
+        return PackTensors.of(pack if len(trees) == len(pack.trees) else Pack.of(trees), images, pin)
 
     def _train_step(self, prepared: PreparedStep) -> dict[str, Any]:
         """Run one optimiser step and return its numbers. Raises WorkError when the loss is not finite."""
