@@ -25,9 +25,9 @@ from pumice.train.devices import peak
 from pumice.train.features import ImageInput, TowerFeatures
 from pumice.train.memory import checkpoint_blocks
 from pumice.train.objective import Objective, PackTensors
-from pumice.train.optional import check_bitsandbytes
 from pumice.train.plan.estimate import SLACK
 from pumice.train.plan.footprint import PackShape, measure
+from pumice.train.preflight import check_bitsandbytes
 from pumice.train.recipe import Recipe
 from pumice.train.setup import trainable_parameters
 from pumice.train.sizes import sizes

@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -214,6 +215,20 @@ def sentencepiece_file() -> Path:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("mistral-common is not installed")
     return Path(spec.submodule_search_locations[0]) / "data" / "tokenizer.model.v1"
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The processes that are started."""
+    processes: list[Any] = []
+    start = subprocess.Popen
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        processes.append(start(*arguments, **options))
+        return processes[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", recorded)
+    return processes
 
 
 @pytest.fixture(scope="session")

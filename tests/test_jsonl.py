@@ -15,7 +15,7 @@ import pytest
 
 import pumice
 from pumice.jsonl import json_text, print_json
-from pumice.serve.logs import JsonFormatter
+from pumice.serve.logs import JsonFormatter, TextFormatter
 
 VALUES = {"question": "狗 é 😀", "path": "C:\\été\\\u00a0x"}
 
@@ -46,6 +46,19 @@ def test_the_lines_of_a_log_keep_their_values(monkeypatch: pytest.MonkeyPatch) -
     record.fields = {"model": "狗"}
     print(JsonFormatter().format(record), file=sys.stderr, flush=True)
     assert json.loads(raw.getvalue())["model"] == "狗"
+
+
+def test_a_log_for_people_ends_with_the_fields_and_the_trace() -> None:
+    record = logging.LogRecord("pumice.serve", logging.INFO, "", 0, "listening", None, None)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d listening", TextFormatter().format(record))
+    record.fields = {"model": "狗", "pid": 1}
+    try:
+        raise OSError("no room")
+    except OSError:
+        record.exc_info = sys.exc_info()
+    first, *trace = TextFormatter().format(record).splitlines()
+    assert first.endswith(" listening model=狗 pid=1")
+    assert (trace[0], trace[-1]) == ("Traceback (most recent call last):", "OSError: no room")
 
 
 def test_a_command_beside_a_narrow_code_page(tmp_path: Path) -> None:

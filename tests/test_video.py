@@ -7,7 +7,6 @@ import json
 import logging
 import signal
 import struct
-import subprocess
 import sys
 import threading
 from dataclasses import replace
@@ -192,27 +191,13 @@ def test_wrong_videos(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
-@pytest.fixture
-def processes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The processes that are started."""
-    started: list[Any] = []
-    start = subprocess.Popen
-
-    def recorded(*arguments: Any, **options: Any) -> Any:
-        started.append(start(*arguments, **options))
-        return started[-1]
-
-    monkeypatch.setattr(subprocess, "Popen", recorded)
-    return started
-
-
-def test_work_that_is_stopped_ends_its_process(tmp_path: Path, processes: list[Any]) -> None:
+def test_work_that_is_stopped_ends_its_process(tmp_path: Path, started: list[Any]) -> None:
     path = animation(tmp_path / "a.gif")
     stop = threading.Event()
     stop.set()
     with stoppable(stop), pytest.raises(Stopped):
         read_frames(Video(path), VideoPolicy())
-    assert [process.returncode for process in processes] == [-signal.SIGKILL]
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not bound both")
@@ -222,7 +207,7 @@ def test_work_that_is_stopped_ends_its_process(tmp_path: Path, processes: list[A
 def test_time_and_memory_are_bounded(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    processes: list[Any],
+    started: list[Any],
     name: str,
     value: int,
     end: int,
@@ -239,7 +224,7 @@ def test_time_and_memory_are_bounded(
     monkeypatch.setattr(video, "WALL_SECONDS", 60)
     with pytest.raises(InputError, match=r"a\.gif cannot be decoded within \d+ s and \d GB; give a shorter"):
         read_frames(Video(path), VideoPolicy())
-    assert processes[0].returncode == end
+    assert started[0].returncode == end
 
 
 def test_frames_of_too_many_bytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ Shapes: N image tokens, D decoder width, T tokens of a prompt, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -29,6 +30,7 @@ from pumice.errors import InputError
 from pumice.formats.load import check_bf16, find_device, name_of, open_model, usual_dtype
 from pumice.geometry import Layout
 from pumice.images import image_size, open_image, read_image
+from pumice.jsonl import AnswerFile
 from pumice.messages import join_messages, read_message
 from pumice.model.llava import Llava
 from pumice.processor import Processor
@@ -199,33 +201,26 @@ class Assistant:
 
         Put questions about the same picture next to each other, so that the picture is computed only once.
         """
-        from pumice.jsonl import AnswerFile
-
-        if out is None:
-            return self._report(self.ask_each(rows, slots=slots, **sampling), [], progress)
-        all_rows = list(rows)
-        self._params(sampling)  # raises before the file is created
-        with AnswerFile(out, all_rows, sampling) as file:
-            answers = self.ask_each(all_rows[len(file.answers) :], slots=slots, **sampling)
-            return self._report(map(file.add, answers), file.answers, progress)
-
-    @staticmethod
-    def _report(
-        answers: Iterable[str | InputError],
-        earlier: Iterable[str | InputError],
-        progress: Callable[[int], None] | None,
-    ) -> list[str | InputError]:
-        outcomes = list(earlier)
-        for answer in answers:
-            outcomes.append(answer)
-            if progress is not None:
-                progress(len(outcomes))
+        outcomes: list[str | InputError] = []
+        with contextlib.ExitStack() as stack:
+            if out is not None:
+                rows = list(rows)
+                self._params(sampling)  # raises before the file is created
+                file = stack.enter_context(AnswerFile(out, rows, sampling))
+                outcomes, rows = list(file.answers), rows[len(file.answers) :]
+            for answer in self.ask_each(rows, slots=slots, **sampling):
+                outcomes.append(answer if out is None else file.add(answer))
+                if progress is not None:
+                    progress(len(outcomes))
         return outcomes
 
     def ask_each(
         self, rows: Iterable[tuple[Any, str]], *, slots: int = SLOTS, **sampling: Any
     ) -> Iterator[str | InputError]:
-        """Answer rows as in `ask_many`, as an iterator. Rows are taken when needed, `slots` at a time."""
+        """Answer rows as in `ask_many`, as an iterator. Rows are taken when needed, `slots` at a time.
+
+        An InputError among the rows, of one that could not be read, comes back in its place.
+        """
         if slots < 1:
             raise InputError(f"slots is {slots}; at least one question must be answered at a time")
         return self._each(rows, slots, self._params(sampling))
@@ -238,6 +233,8 @@ class Assistant:
         try:
             for number, row in enumerate(rows, 1):
                 try:
+                    if isinstance(row, InputError):
+                        raise row
                     if not isinstance(row, list | tuple) or len(row) != 2:
                         raise InputError(f"row {number} is {row!r}; give (pictures, question)")
                     prompt = self._prompt(_question(*row), params)
@@ -336,14 +333,11 @@ class Assistant:
 
     def _warn_of_many_images(self, count: int) -> None:
         """Log once if a conversation has more images than the model was trained on."""
-        warning = too_many_images(self.model.config, count)
-        with self._lock:
-            if self._warned:
-                warning = None
-            elif warning is not None:
-                self._warned = True
-        if warning is not None:
-            _LOG.warning("%s", warning)
+        if (warning := too_many_images(self.model.config, count)) is not None:
+            with self._lock:
+                is_first, self._warned = not self._warned, True
+            if is_first:
+                _LOG.warning("%s", warning)
 
     def _prompt_image(self, image: ImagePart, layout: Layout) -> PromptImage:
         """Read an image now, so that a wrong one raises now. The tower runs only if the engine needs it."""

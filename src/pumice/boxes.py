@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from pumice.capability import Capability, fields
+from pumice.capability import IMAGE, Capability, fields
 from pumice.config import ImagePolicy, ModelConfig
 from pumice.conversation import BOX_PLACEHOLDER, REF_PLACEHOLDER, Conversation, Objects, Video
 from pumice.errors import InputError, RowError
@@ -34,9 +34,7 @@ LONGEST_LABEL = 60  # characters
 CAPABILITY = Capability(
     "the map of a picture's boxes",
     {
-        ImagePolicy: fields(
-            "mode mean std resample pad_color pinpoints unpad max_tiles several longest_edge enlarge"
-        ),
+        ImagePolicy: fields(IMAGE),
         ModelConfig: fields("boxes"),
     },
 )

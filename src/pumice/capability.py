@@ -32,15 +32,16 @@ CHAT = (
 PICTURED = "text_first image_line shared_line"  # fields of ChatFormat that only questions with pictures show
 ROPE_SCALING = "kind factor low_freq_factor high_freq_factor original_context"
 LORA = "rank alpha dropout targets"
-_IMAGE = "mode mean std resample pad_color"  # explanations hide pictures behind pad_color in every mode
+_PIXELS = "mode mean std resample pad_color"  # explanations hide pictures behind pad_color in every mode
+IMAGE = f"{_PIXELS} pinpoints unpad max_tiles several longest_edge enlarge"  # all fields of ImagePolicy
 # The fields of ImagePolicy that each mode uses, and those of TileMarks and VideoPolicy.
 MODE_FIELDS = {
-    "pad": _IMAGE,
-    "crop": _IMAGE,
-    "squash": f"{_IMAGE} longest_edge",
-    "anyres": f"{_IMAGE} pinpoints unpad max_tiles several",
-    "split": f"{_IMAGE} several longest_edge",
-    "grid": f"{_IMAGE} several longest_edge enlarge",
+    "pad": _PIXELS,
+    "crop": _PIXELS,
+    "squash": f"{_PIXELS} longest_edge",
+    "anyres": f"{_PIXELS} pinpoints unpad max_tiles several",
+    "split": f"{_PIXELS} several longest_edge",
+    "grid": f"{_PIXELS} several longest_edge enlarge",
 }
 MODE_MARKS = dict.fromkeys(("pad", "crop", "squash"), "whole end number") | {
     "anyres": "",  # its tiles are joined, so no text can stand between them

@@ -9,13 +9,14 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pumice.errors import InputError, finite, instead_of, shorten
+from pumice.errors import InputError, check_known, finite, instead_of, shorten
 from pumice.media import TileMarks, VideoPolicy, check_box_form
 
 FORMAT_VERSION = 1
@@ -24,7 +25,13 @@ TILED = ("anyres", "split", "grid")  # the modes that may cut an image into tile
 SEVERAL = ("tiles", "square")
 RESAMPLINGS = ("bicubic", "bilinear", "lanczos")
 STDS = (1e-6, 1e6)  # the range of a std of pixels: one near 0 makes them infinite
-PENALTIES = (0.01, 1e6)  # the range of a repetition_penalty: one near 0 makes logits infinite
+# How answers are drawn: the lowest and the highest value of each setting, and the range in words.
+DRAWN = {
+    "temperature": (0, math.inf, "0 (greedy) or more"),
+    "top_p": (math.ulp(0.0), 1, "more than 0, at most 1"),
+    "top_k": (0, math.inf, "0 (off) or more"),
+    "repetition_penalty": (0.01, 1e6, "0.01 to 1000000.0"),  # one near 0 makes logits infinite
+}
 DECODER_ACTIVATIONS = ("silu", "gelu_tanh")
 # How a connector reduces the features of a tile -> their number after it, from the features on a side and the
 # config's factor. `model/connector.py` computes them.
@@ -69,9 +76,12 @@ LARGEST_OTHER = 2**20
 LARGEST_GRID = 32  # tiles on a side of an image
 
 
-def _at_least(minimum: int, **values: int) -> None:
-    """Raise InputError if one of the named sizes is below `minimum` or above its entry in LARGEST."""
-    for name, value in values.items():
+def _at_least(minimum: int, config: Any, names: str) -> None:
+    """Raise InputError if a named size of a config is below `minimum` or above its entry in LARGEST."""
+    sizes = {name: getattr(config, name) for name in names.split()}
+    for name, value in sizes.items():
+        if value is None:
+            continue
         if value < minimum:
             raise InputError(f"{name} must be {minimum} or more, not {value}")
         if value > (largest := LARGEST.get(name, LARGEST_OTHER)):
@@ -112,8 +122,8 @@ class VisionConfig:
         return self.grid**2 + (self.select == "cls_patch")
 
     def __post_init__(self) -> None:
-        _at_least(1, image_size=self.image_size, width=self.width, stride=self.stride)
-        _at_least(0, depth=self.depth, heads=self.heads, mlp_width=self.mlp_width)
+        _at_least(1, self, "image_size width stride")
+        _at_least(0, self, "depth heads mlp_width")
         if self.kind == "efficientnet_lite" and self.image_size % self.stride:
             raise InputError(
                 f"image size {self.image_size} is not a multiple of the tower's stride {self.stride}"
@@ -135,8 +145,7 @@ class RopeScaling:
     original_context: int = 8192  # llama3: tokens
 
     def __post_init__(self) -> None:
-        if self.kind not in ("linear", "llama3"):
-            raise InputError(f"unknown kind {self.kind!r}; use linear or llama3")
+        check_known(self.kind, ("linear", "llama3"), f"unknown kind {self.kind!r}")
         if self.factor <= 0:
             raise InputError(f"the factor must be more than 0, not {self.factor}")
 
@@ -176,20 +185,15 @@ class DecoderConfig:
         return None if full else self.sliding_window
 
     def __post_init__(self) -> None:
-        if self.activation not in DECODER_ACTIVATIONS:
-            allowed = " or ".join(DECODER_ACTIVATIONS)
-            raise InputError(f"the decoder's activation {self.activation!r} is unknown; use {allowed}")
+        problem = f"the decoder's activation {self.activation!r} is unknown"
+        check_known(self.activation, DECODER_ACTIVATIONS, problem)
         for name in ("embed_scale", "attention_scale", "attention_softcap", "logit_softcap"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise InputError(f"{name} must be more than 0, not {value}")
-        _at_least(1, window_pattern=self.window_pattern)
-        _at_least(0, vocab_size=self.vocab_size, depth=self.depth)
-        _at_least(1, width=self.width, heads=self.heads, kv_heads=self.kv_heads)
-        _at_least(1, mlp_width=self.mlp_width, context=self.context, head_dim=self.head_dim)
+        _at_least(0, self, "vocab_size depth")
+        _at_least(1, self, "width heads kv_heads mlp_width context head_dim window_pattern sliding_window")
         if self.head_dim < 2 or self.head_dim % 2:
             raise InputError(f"rotary positions turn pairs; a head_dim of {self.head_dim} has none")
-        if self.sliding_window is not None:
-            _at_least(1, sliding_window=self.sliding_window)
         if self.heads % self.kv_heads:
             raise InputError(f"{self.heads} heads cannot share {self.kv_heads} key/value heads evenly")
 
@@ -204,9 +208,8 @@ class ConnectorConfig:
     bias: bool = later(True)  # of each linear layer
 
     def __post_init__(self) -> None:
-        _at_least(1, factor=self.factor)
-        if self.reduce not in ("none", *REDUCTIONS):
-            raise InputError(f"unknown reduction {self.reduce!r}; use one of none, {', '.join(REDUCTIONS)}")
+        _at_least(1, self, "factor")
+        check_known(self.reduce, ("none", *REDUCTIONS), f"unknown reduction {self.reduce!r}")
         if self.reduce == "none" and self.factor != 1:
             raise InputError(
                 f"a connector with factor {self.factor} must say how it joins {self.factor} x {self.factor} "
@@ -248,8 +251,7 @@ class ImagePolicy:
 
     def __post_init__(self) -> None:
         for name, allowed in (("mode", IMAGE_MODES), ("resample", RESAMPLINGS)):
-            if (value := getattr(self, name)) not in allowed:
-                raise InputError(f"unknown {name} {value!r}; use one of {', '.join(allowed)}")
+            check_known(value := getattr(self, name), allowed, f"unknown {name} {value!r}")
         if not all(0 <= part <= 1 for part in self.mean):  # which also refuses nan
             raise InputError(f"a mean of {shorten(self.mean)} cannot be that of pixels from 0 to 1")
         low, high = STDS
@@ -258,14 +260,13 @@ class ImagePolicy:
             raise InputError(f"pixels cannot be divided by a std of {std}; use {low:g} to {high:g}")
         if not all(0 <= part <= 255 for part in self.pad_color):
             raise InputError(f"pad_color is {shorten(self.pad_color)}; each part must be from 0 to 255")
-        if self.max_tiles is not None:
-            _at_least(1, max_tiles=self.max_tiles)
+        _at_least(1, self, "max_tiles")
         if self.mode in ("split", "grid"):
-            _at_least(1, longest_edge=self.longest_edge)
+            _at_least(1, self, "longest_edge")
         if self.mode in TILED and self.several is None:
             object.__setattr__(self, "several", "tiles" if self.max_tiles is None else "square")
-        if self.several not in (None, *SEVERAL):
-            raise InputError(f"unknown several {self.several!r}; use one of {', '.join(SEVERAL)}")
+        if self.several is not None:
+            check_known(self.several, SEVERAL, f"unknown several {self.several!r}")
 
     def uses_tiles(self, images: int) -> bool:
         """Return whether each image of a conversation with this many images is cut into tiles."""
@@ -282,7 +283,7 @@ class LoraConfig:
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
 
     def __post_init__(self) -> None:
-        _at_least(1, rank=self.rank)
+        _at_least(1, self, "rank")
         if not 0 <= self.dropout < 1:
             raise InputError(
                 f"dropout is {self.dropout:g}, but must be at least 0 and less than 1: "
@@ -294,7 +295,7 @@ class LoraConfig:
 class GenerationConfig:
     """How a model's answers are sampled by default. These fields' own defaults are greedy.
 
-    The fields are those of `SamplingParams`, which checks them.
+    The fields are some of those of `SamplingParams`.
     """
 
     temperature: float = 0.0
@@ -303,18 +304,9 @@ class GenerationConfig:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        low, high = PENALTIES
-        if (
-            self.temperature < 0
-            or not 0 < self.top_p <= 1
-            or self.top_k < 0
-            or not (low <= self.repetition_penalty <= high)
-        ):
-            raise InputError(
-                f"temperature {self.temperature} and top_k {shorten(self.top_k)} must be 0 or more, "
-                f"top_p {self.top_p} above 0 and at most 1, "
-                f"repetition_penalty {self.repetition_penalty} from {low} to {high}"
-            )
+        for name, (low, high, words) in DRAWN.items():
+            if not low <= (value := getattr(self, name)) <= high:
+                raise InputError(f"{name} is {shorten(value)}; give {words}")
 
 
 _GREEDY = GenerationConfig()

@@ -6,7 +6,6 @@ A picture stays what the caller passed (a path, bytes, a PIL image, or a picture
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
-from pumice.errors import InputError, RowError, counted
+from pumice.errors import InputError, RowError, counted, near
 from pumice.media import Frames
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -308,8 +307,7 @@ def check_media(row: Mapping[str, Any], label: str) -> None:
 @functools.lru_cache(1024)  # all rows of a source have the same few keys
 def _meant(key: str) -> str | None:
     """Return "image" or "video" for a key that seems to name pictures or videos, else None."""
-    close = difflib.get_close_matches(key.lower(), _READ, n=1, cutoff=0.8)
-    return close[0] if close else "image" if _PICTURES.fullmatch(key) else None
+    return near(key.lower(), _READ, 0.8) or ("image" if _PICTURES.fullmatch(key) else None)
 
 
 def _with_images(text: str, images: Sequence[ImagePart], label: str) -> tuple[str | ImagePart, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -18,11 +18,7 @@ class _Sentence(Exception):
 
     def __str__(self) -> str:
         # Compiled when an error is shown: `import pumice` stays quick.
-        return re.sub(r"\S{1000,}", _cut, super().__str__())  # longer than a path
-
-
-def _cut(word: re.Match[str]) -> str:
-    return f"{word[0][:200]}... ({len(word[0])} characters)"
+        return re.sub(r"\S{1000,}", lambda word: cut(word[0]), super().__str__())  # longer than a path
 
 
 class InputError(_Sentence, ValueError):
@@ -62,13 +58,17 @@ class WorkError(_Sentence, RuntimeError):
     """
 
 
+def cut(text: str, characters: int = 200) -> str:
+    """Return a text from outside as a message shows it: cut off where it is longer."""
+    return text if len(text) <= characters else f"{text[:characters]}... ({len(text)} characters)"
+
+
 def shorten(value: object, characters: int = 200) -> str:
     """Return a value from outside as a message shows it: its repr, cut off where it is longer."""
     try:
-        text = repr(value)
+        return cut(repr(value), characters)
     except ValueError:  # a whole number of thousands of digits
         return "a number of too many digits"
-    return text if len(text) <= characters else f"{text[:characters]}... ({len(text)} characters)"
 
 
 def instead_of(name: str, known: Iterable[str]) -> str:
@@ -77,11 +77,11 @@ def instead_of(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {meant!r}?" if meant else NEWER
 
 
-def near(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that an unknown one may mean, if any."""
+def near(name: str, known: Iterable[str], alike: float = 0.6) -> str | None:
+    """Return the known name that an unknown one may mean, if any. alike: how much, 0 to 1."""
     import difflib  # here, as in `install`: `import pumice` stays quick
 
-    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=alike)), None)
 
 
 def check_known(value: object, known: Collection[str], problem: str) -> None:
@@ -129,6 +129,12 @@ def official(describe: Callable[[], str]) -> Iterator[None]:
         raise InputError(
             f"{describe()}: its fields are not the official ones ({detail}); fetch it anew"
         ) from error
+
+
+def some(names: Sequence[str], limit: int = 5) -> str:
+    """Return the first few names, and how many more there are, for a message."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def counted(number: int, noun: str) -> str:

@@ -188,28 +188,22 @@ def to_tiles(
     resample = _RESAMPLE[policy.resample]
     if mirror:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if policy.mode == "split":
-        return _split(image, size, policy)
     if policy.mode == "grid":
         return _grid(image, size, policy)
-    # 2. Fit the image into the resolution that keeps most of its pixels, without changing its aspect ratio.
-    width, height = best_resolution(image.size, policy.pinpoints)
-    fitted = image.resize(letterbox(image.size, (width, height)), resample)
-    boxed = Image.new("RGB", (width, height))
-    boxed.paste(fitted, ((width - fitted.width) // 2, (height - fitted.height) // 2))
-    # 3. The squashed image first, then tiles of the fitted one, row by row.
-    crops = [image.resize((size, size), resample), *_cut(boxed, size)]
+    # 2. Idefics3's tiles are of the image resized twice. The whole image follows them.
+    if policy.mode == "split":
+        for target in split_sizes(image.size, policy.longest_edge, size):
+            image = image.resize(target, resample)
+        crops = [*_cut(image, size), image.resize((size, size), resample)]
+    # 3. LLaVA-NeXT's are of the image in the resolution that keeps most of its pixels, and of its aspect
+    # ratio. The squashed image stands before them.
+    else:
+        width, height = best_resolution(image.size, policy.pinpoints)
+        fitted = image.resize(letterbox(image.size, (width, height)), resample)
+        boxed = Image.new("RGB", (width, height))
+        boxed.paste(fitted, ((width - fitted.width) // 2, (height - fitted.height) // 2))
+        crops = [image.resize((size, size), resample), *_cut(boxed, size)]
     return np.stack([_normalise(tile, policy) for tile in crops])
-
-
-def _split(image: Image.Image, size: int, policy: ImagePolicy) -> np.ndarray:
-    """Return Idefics3's tiles: of the image resized twice, row by row, then the whole image."""
-    resample = _RESAMPLE[policy.resample]
-    for target in split_sizes(image.size, policy.longest_edge, size):
-        image = image.resize(target, resample)
-    return np.stack(
-        [_normalise(tile, policy) for tile in (*_cut(image, size), image.resize((size, size), resample))]
-    )
 
 
 def _grid(image: Image.Image, size: int, policy: ImagePolicy) -> np.ndarray:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pumice.boxes import box_map, write_boxes
-from pumice.capability import CHAT, MODE_FIELDS, MODE_MARKS, MODE_VIDEO, PICTURED, Capability, fields
+from pumice.capability import CHAT, IMAGE, MODE_FIELDS, MODE_MARKS, MODE_VIDEO, PICTURED, Capability, fields
 from pumice.config import IMAGE_TOKEN, TILED, ChatFormat, ImagePolicy, ModelConfig
 from pumice.conversation import Conversation, ImagePart, Video
 from pumice.errors import ContextOverflow, InputError
@@ -33,9 +33,7 @@ NO_TOWER = (
 CAPABILITY = Capability(
     "the processor",
     {
-        ImagePolicy: fields(
-            "mode mean std resample pad_color pinpoints unpad max_tiles several longest_edge enlarge"
-        ),
+        ImagePolicy: fields(IMAGE),
         ChatFormat: fields(f"{CHAT} {PICTURED}"),
         VideoPolicy: fields("max_frames fps longest_edge timestamps pool average"),
         TileMarks: fields("tile row between whole end number"),
@@ -124,9 +122,9 @@ class Processor:
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer, *, truncate: bool = False) -> None:
         """truncate: cut training samples that exceed the context instead of refusing them."""
-        CAPABILITY.check(config.image)
-        if config.chat is not None:
-            CAPABILITY.check(config.chat)
+        for part in (config.image, config.chat, config.video, config.marks):
+            if part is not None:
+                CAPABILITY.check(part)
         check_used(config)
         self.config = config
         self.truncate = truncate
@@ -139,10 +137,7 @@ class Processor:
             if not 0 <= number < config.decoder.vocab_size:
                 rows = config.decoder.vocab_size
                 raise InputError(f"the config names the token {number}, the embedding has only {rows} rows")
-        if config.video is not None:
-            CAPABILITY.check(config.video)
         if config.marks is not None:
-            CAPABILITY.check(config.marks)
             self._check_marks(config.marks)
         for token in config.image_wrap or ():
             if token not in tokenizer.special:

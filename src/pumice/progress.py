@@ -8,8 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, ProgressColumn, TaskID
-
+    from rich.progress import Progress, TaskID
 
 LOG_SECONDS = 10.0  # between two lines in a file, for work that a person waits for
 
@@ -17,15 +16,6 @@ LOG_SECONDS = 10.0  # between two lines in a file, for work that a person waits 
 def can_redraw() -> bool:
     """Return whether stderr is a terminal that can draw a line anew, as a bar needs it."""
     return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-
-
-def number_columns() -> tuple[ProgressColumn, ProgressColumn]:
-    """Return columns for the count and the time that is left, which no narrow terminal cuts."""
-    from rich.progress import MofNCompleteColumn, TimeRemainingColumn
-    from rich.table import Column
-
-    count = MofNCompleteColumn(table_column=Column(no_wrap=True))
-    return count, TimeRemainingColumn(table_column=Column(no_wrap=True))
 
 
 class ProgressBar:
@@ -71,10 +61,12 @@ class ProgressBar:
     def _draw(self, done: int, total: int, unit: str, text: str) -> None:
         if self._bar is None:
             from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
             from rich.table import Column
 
-            console, (count, left) = Console(stderr=True), number_columns()
+            console = Console(stderr=True)
+            count = MofNCompleteColumn(table_column=Column(no_wrap=True))
+            left = TimeRemainingColumn(table_column=Column(no_wrap=True))
             # A narrow terminal has room for the numbers only, and for a text of several lines.
             wide = console.width >= 60
             numbers = (count, TextColumn("{task.description}", table_column=Column(no_wrap=wide)), left)

@@ -7,15 +7,19 @@ process of its own, the system ends it at a bound of time or memory. A signal le
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
 _STOP: ContextVar[threading.Event | None] = ContextVar("pumice_stop", default=None)
+_PAUSE = 0.1  # seconds between two looks whether anybody still waits for a process
 
 
 class Stopped(Exception):
@@ -76,3 +80,28 @@ def limit_process(cpu_seconds: int, memory: int) -> None:
         hard = resource.getrlimit(kind)[1]
         with contextlib.suppress(ValueError):  # as for memory on macOS
             resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def run_bounded(module: str, request: Any, seconds: float) -> tuple[bytes, bool]:
+    """Run `python -m module`, which reads `request` as JSON from standard input and calls `limit_process`.
+
+    Returns what it writes, and whether it came to its end within `seconds`. Raises Stopped when the work is
+    stopped, which ends the process as well.
+    """
+    end, data = time.monotonic() + seconds, json.dumps(request).encode()
+    command = [sys.executable, "-m", module]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            while True:
+                try:
+                    output, _ = process.communicate(data, _PAUSE)
+                    return output, process.returncode == 0
+                except subprocess.TimeoutExpired:
+                    data = b""  # the process has it, or `communicate` goes on to send it
+                    check_stopped()
+                    if time.monotonic() > end:
+                        process.kill()
+        finally:
+            process.kill()

@@ -6,7 +6,6 @@ format in the config's `chat` field.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 from pumice.config import ChatFormat, from_dict
 from pumice.conversation import Conversation, ImagePart, Message
-from pumice.errors import InputError
+from pumice.errors import InputError, near
 
 OWN = "own"
 # Around a call of a function and what it gave, as Qwen2.5 and Qwen3 write them.
@@ -190,7 +189,6 @@ def get_template(name: str, chat: ChatFormat | None = None) -> Template | Plain:
             raise InputError(f"the template {OWN!r} needs the format that it stands for, and none is given")
         return Template(name, chat)
     if name not in TEMPLATES:
-        near = difflib.get_close_matches(name, TEMPLATES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = f"did you mean {meant!r}? " if (meant := near(name, TEMPLATES)) else ""
         raise InputError(f"unknown template {name!r}; {hint}known: {', '.join(TEMPLATES)}")
     return TEMPLATES[name]

@@ -34,14 +34,10 @@ COMPOSED = 4  # characters of which Unicode composition makes one, at most
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def _byte_letters() -> dict[str, int]:
-    """Return the letter that stands for each byte in byte-level BPE (GPT-2's encoder.py)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTE_LETTERS = _byte_letters()
+# The letters that stand for bytes in byte-level BPE (GPT-2's encoder.py): itself where it can be printed.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_LETTERS = {chr(b): b for b in _PRINTABLE} | {chr(256 + n): b for n, b in enumerate(_OTHERS)}
 
 
 def _replace_each(error: UnicodeError) -> tuple[str, int]:

@@ -1,7 +1,8 @@
 """Take frames of a video, by Pillow of an animation, else by PyAV, in a process with bounds.
 
-    python -m pumice.video '{"path": ..., "fps": ..., "max_frames": ..., "cpu_seconds": ..., "memory": ...}'
+    python -m pumice.video
 
+reads {"path": ..., "fps": ..., "max_frames": ..., "cpu_seconds": ..., "memory": ...} from standard input, and
 writes one line of JSON and then the frames as PNG files.
 """
 
@@ -12,13 +13,11 @@ import io
 import json
 import logging
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -27,13 +26,12 @@ from pumice.conversation import Conversation, ImagePart, StoredImage, Video
 from pumice.errors import InputError, install
 from pumice.images import MAX_PIXELS, is_video, open_image
 from pumice.media import Frames, VideoPolicy
-from pumice.stopping import check_stopped, limit_process
+from pumice.stopping import limit_process, run_bounded
 
 _LOG = logging.getLogger(__name__)
 MAX_FRAMES = 10_000  # of an animation; a longer one is cut
 MAX_BYTES = 400 << 20  # of the frames' files together
 CPU_SECONDS, WALL_SECONDS, MEMORY = 120, 600, 3 * 2**30
-_PAUSE = 0.1  # seconds between two looks whether anybody still waits for the frames
 PICTURE_FRAMES = 8  # of a video, shown as pictures to a model that was not trained on videos
 _FRAME_SECONDS = 0.1  # of an animation that does not say how long it shows a frame
 # Libav's readers of the videos that `is_video` knows. Others, of playlists for one, open further files or
@@ -86,7 +84,16 @@ def read_frames(video: Video, policy: VideoPolicy | None) -> Frames:
             raise InputError(f"there is no video {video.name}, or it is empty; check the path")
         if is_video(path) and importlib.util.find_spec("av") is None:
             raise InputError(f"{video.name} is a video, which needs the package av: {install('video')}")
-        output = io.BytesIO(_run({"path": str(path), "fps": fps, "max_frames": count}, video.name))
+        # In a process whose time and memory are bounded: decoders read strangers' files.
+        request = {"path": str(path), "fps": fps, "max_frames": count}
+        bounds = {"cpu_seconds": CPU_SECONDS, "memory": MEMORY}
+        data, ended = run_bounded(__name__, request | bounds, WALL_SECONDS)
+    if not ended:
+        raise InputError(
+            f"{video.name} cannot be decoded within {CPU_SECONDS} s and {MEMORY >> 30} GB; give a shorter "
+            "or smaller one"
+        )
+    output = io.BytesIO(data)
     answer = json.loads(output.readline())
     # Libraries name the file, which may be a copy of ours.
     if "error" in answer:
@@ -130,36 +137,6 @@ def in_words(number: int) -> str:
         return _TENS[number // 10 - 2] + (f"-{_ONES[number % 10]}" if number % 10 else "")
     rest = f" and {in_words(number % 100)}" if number % 100 else ""
     return f"{_ONES[number // 100]} hundred{rest}"
-
-
-def _run(request: dict[str, Any], name: str) -> bytes:
-    """Return what the process writes, whose time and memory are bounded: decoders read strangers' files."""
-    end = time.monotonic() + WALL_SECONDS
-    bounds = {"cpu_seconds": CPU_SECONDS, "memory": MEMORY}
-    process = subprocess.Popen(
-        [sys.executable, "-m", __name__, json.dumps(request | bounds)],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        while True:
-            try:
-                output, _ = process.communicate(timeout=_PAUSE)
-                break
-            except subprocess.TimeoutExpired:
-                check_stopped()
-                if time.monotonic() > end:
-                    process.kill()
-    finally:
-        process.kill()
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
-    if process.returncode:
-        raise InputError(
-            f"{name} cannot be decoded within {CPU_SECONDS} s and {MEMORY >> 30} GB; give a shorter "
-            "or smaller one"
-        )
-    return output
 
 
 def _decode(path: str, fps: float, max_frames: int, output: BinaryIO) -> None:
@@ -301,6 +278,6 @@ def _damaged(frames: int, reason: str) -> str:
 
 
 if __name__ == "__main__":
-    request = json.loads(sys.argv[1])
+    request = json.load(sys.stdin)
     limit_process(request["cpu_seconds"], request["memory"])
     _decode(request["path"], request["fps"], request["max_frames"], sys.stdout.buffer)

@@ -20,6 +20,9 @@ def test_wrong_python_values(exact: Assistant) -> None:
         exact.stream([{"role": "user", "content": "What?"}], zzz=1.0)
     bare: Any = ["a.jpg"]
     assert "row 1 is 'a.jpg'; give (pictures, question)" in str(next(exact.ask_each(bare)))
+    unread: Any = [InputError("there is no picture"), (None, "What?")]
+    answers = list(exact.ask_each(unread, max_new_tokens=1))
+    assert answers[0] is unread[0] and isinstance(answers[1], str)
     wrong: Any
     for wrong in ("hello", [5], {"role": "user", "content": "hello"}):
         with pytest.raises(InputError, match="messages must be a list"):

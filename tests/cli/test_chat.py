@@ -137,6 +137,16 @@ def test_chat_with_a_picture_that_cannot_be_read(run: Any, refused: Any, folder:
     refused(run("chat", "no.png", stdin="What?\n"), "'no.png' does not exist")
 
 
+def test_an_error_without_a_text_is_named(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stream(*_: Any, **__: Any) -> Iterator[str]:
+        raise MemoryError
+
+    monkeypatch.setattr(Assistant, "stream", stream)
+    result = run("chat", stdin="What?\n/reset\n")
+    assert (result.exit_code, result.stderr) == (0, "pumice: MemoryError\n")
+    assert "A new conversation" in result.stdout
+
+
 def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(
     run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,7 +132,7 @@ def test_losses_and_gradients_equal_those_of_the_samples_alone(name: str, tied: 
     alone = torch.stack([loss_alone(model, one, leaves) for group in groups for one in group]).sum()
     alone.backward()
     expected = gradients(model, leaves)
-    together = packed_loss(model, Pack(tuple(map(prefix_tree, groups))), leaves)
+    together = packed_loss(model, Pack.of(list(map(prefix_tree, groups))), leaves)
     together.backward()
     actual = gradients(model, leaves)
     assert alone > 1
@@ -183,7 +183,7 @@ def test_a_tree_by_hand() -> None:
 def test_branches_of_branches_count_what_stands_before_them() -> None:
     tree = prefix_tree([sample("aBCD"), sample("aXYZ"), sample("aXYQR"), sample("T")])
     assert tree.runs == [Run(4), Run(3, ((0, 1),)), Run(2, ((0, 1), (1, 2))), Run(1)]
-    pair = Pack((prefix_tree([sample("aB")]), tree))
+    pair = Pack.of((prefix_tree([sample("aB")]), tree))
     assert pair.runs[3] == Run(2, ((1, 1), (2, 2)))
 
 
@@ -203,7 +203,7 @@ def test_runs_see_what_the_tree_says(texts: list[str]) -> None:
 
 def test_plain_samples_cost_no_mask() -> None:
     long = prefix_tree([sample("a" * 3000 + "B")])
-    packed = PackedAttention(Pack((long, long)).runs, MODEL.config.decoder)
+    packed = PackedAttention(Pack.of((long, long)).runs, MODEL.config.decoder)
     assert packed.lengths == [3001, 3001] and packed.masks(0) == [None, None]
 
 
@@ -236,13 +236,14 @@ def test_different_pictures_do_not_share_a_tree() -> None:
 
 def test_a_pack_places_its_trees_end_to_end() -> None:
     one, two = prefix_tree([sample("#aB", A)]), prefix_tree([sample("cD"), sample("cE")])
-    joined = Pack((one, two))
+    joined = Pack.of((one, two))
+    assert joined.parents.tolist() == [-1, 0, 1, 2, -1, 4, 4]
     assert len(joined) == len(one) + len(two) == 7
     assert joined.input_ids.tolist() == [IMAGE_TOKEN, IMAGE_TOKEN, 0, 1, 2, 3, 4]
     assert joined.positions.tolist() == [0, 1, 2, 3, 0, 1, 1]
     assert joined.sources.tolist() == [2, 4, 4]
     assert joined.targets.tolist() == [1, 3, 4]
-    assert joined.images == [A]
+    assert joined.images == (A,)
 
 
 MODEL = language_model()
@@ -258,7 +259,7 @@ def test_any_pack_has_the_losses_of_its_samples(groups: list[tuple[bool, list[st
             samples = [sample("#" + t, A) if pictured else sample(t) for t in texts]
             expected += sum(loss_alone(MODEL, one, {}).item() for one in samples)
             trees.append(prefix_tree(samples))
-        actual = packed_loss(MODEL, Pack(tuple(trees)), {}).item()
+        actual = packed_loss(MODEL, Pack.of(trees), {}).item()
     assert actual == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
@@ -289,7 +290,7 @@ def test_packs_keep_to_the_budget_and_lose_nothing(lengths: list[int], budget: i
     assert all(len(p) <= budget or len(p.trees) == 1 for p in packs)
     assert all(p.trees for p in packs)
     assert sorted(id(t) for p in packs for t in p.trees) == sorted(map(id, trees))
-    assert pack(trees, budget) == packs
+    assert [p.trees for p in pack(trees, budget)] == [p.trees for p in packs]
     # First fit: the smallest tree of a later pack fits in no earlier one.
     for late in range(1, len(packs)):
         smallest = min(map(len, packs[late].trees))

@@ -35,7 +35,7 @@ def test_rows_of_both_formats(tmp_path: Path, name: str, ascii_only: bool) -> No
     rows = write(tmp_path / name, [row(n) for n in range(5)], ensure_ascii=ascii_only)
     assert len(rows) == 5
     turns = tuple((t["from"], t["value"]) for t in TURNS)
-    assert rows[3] == Row("r3", ("3.jpg",), turns, "a")
+    assert rows[3] == Row("r3", ("3.jpg",), turns, source="a")
     assert rows[-1].id == "r4" and [r.id for r in rows[1:3]] == ["r1", "r2"]
     assert [r.id for r in rows] == ["r0", "r1", "r2", "r3", "r4"]
     with pytest.raises(IndexError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from pumice.conversation import Conversation, user_message
 from pumice.engine import grammar_check
 from pumice.engine.constraint import _compiled, json_rule
 from pumice.engine.generate import naive_generate
-from pumice.engine.grammar_check import LARGEST, LEXER_STATES, GrammarCheck, compile_grammar
+from pumice.engine.grammar_check import LARGEST, LEXER_STATES, check_grammars, compile_grammar
+from pumice.stopping import Stopped, stoppable
 
 pytest.importorskip("llguidance", reason="llguidance is not installed")
 
@@ -126,26 +128,29 @@ def test_schemas_share_what_they_need_of_the_tokenizer(assistant: Assistant) -> 
     assert first() is not second()
 
 
-def test_a_check_that_is_stopped_ends_its_process() -> None:
-    check = GrammarCheck([f"start: {json_rule({'allOf': PATTERNS})}"])
+def test_a_check_that_is_stopped_ends_its_process(started: list[Any]) -> None:
+    stop = threading.Event()
+
+    def check() -> None:
+        with stoppable(stop):
+            check_grammars([f"start: {json_rule({'allOf': PATTERNS})}"])
+
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        running = pool.submit(check.run)
-        while check._process is None and not running.done():
+        running = pool.submit(check)
+        while not started and not running.done():
             pass
-        check.stop()
-        assert running.result(60) != [""]
-    assert check._process is not None
-    assert check._process.returncode == -9
-    assert check.run() == ["the check was stopped"]  # as before it has begun
+        stop.set()
+        with pytest.raises(Stopped):
+            running.result(60)
+    assert [process.returncode for process in started] == [-9]
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGXCPU"), reason="Windows counts no seconds")
-def test_a_check_has_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_has_its_seconds(monkeypatch: pytest.MonkeyPatch, started: list[Any]) -> None:
     monkeypatch.setattr(grammar_check, "WALL_SECONDS", 1000)
-    check = GrammarCheck([f"start: {json_rule({'allOf': PATTERNS})}"])
-    assert check.run() == ["it takes more than 2 s or 2048 MB to compile"]
-    assert check._process is not None
-    assert check._process.returncode == -signal.SIGXCPU
+    reasons = check_grammars([f"start: {json_rule({'allOf': PATTERNS})}"])
+    assert reasons == ["it takes more than 2 s or 2048 MB to compile"]
+    assert [process.returncode for process in started] == [-signal.SIGXCPU]
 
 
 def test_the_states_of_an_answer_are_bounded() -> None:
@@ -166,14 +171,14 @@ def test_the_states_of_an_answer_are_bounded() -> None:
 
 def test_several_grammars_are_checked_at_once() -> None:
     good, bad, empty = "start: /[ab]+/", "start: /[ab+/", 'start: ""'
-    reasons = GrammarCheck([good, bad, empty, good]).run()
+    reasons = check_grammars([good, bad, empty, good])
     assert [bool(reason) for reason in reasons] == [False, True, True, False]
     assert reasons[2] == "no answer satisfies it"
 
 
-def test_grammars_that_are_too_large_start_no_process() -> None:
-    check = GrammarCheck(["x", "x" * (LARGEST + 1)])
-    assert check.run() == [f"{LARGEST + 1} characters, more than {LARGEST}"] * 2
-    many = GrammarCheck(["x" * LARGEST] * 5)
-    assert many.run() == [f"{5 * LARGEST} characters together, more than {4 * LARGEST}"] * 5
-    assert check._process is many._process is None
+def test_grammars_that_are_too_large_start_no_process(started: list[Any]) -> None:
+    large = check_grammars(["x", "x" * (LARGEST + 1)])
+    assert large == [f"{LARGEST + 1} characters, more than {LARGEST}"] * 2
+    many = check_grammars(["x" * LARGEST] * 5)
+    assert many == [f"{5 * LARGEST} characters together, more than {4 * LARGEST}"] * 5
+    assert started == []

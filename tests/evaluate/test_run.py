@@ -177,9 +177,12 @@ class Batches:
 
     def ask_each(self, rows: Iterable[tuple[Any, str]], *, slots: int = 8, **sampling: Any) -> Iterator[Any]:
         assert sampling == {"max_new_tokens": TASK.max_new_tokens}
-        self.rows = list(rows)
-        for images, text in self.rows:
-            yield f"{len(images or ())} {text}"
+        for row in list(rows):
+            if isinstance(row, InputError):
+                yield row
+                continue
+            self.rows.append(row)
+            yield f"{len(row[0] or ())} {row[1]}"
 
 
 def test_a_local_model_and_pictures_that_are_missing(tmp_path: Path) -> None:

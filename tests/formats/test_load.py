@@ -145,13 +145,13 @@ def test_a_bin_that_cannot_be_mapped_is_read_once(
     torch.save(stored, tmp_path / "model.bin", _use_new_zipfile_serialization=False)
     (tmp_path / "model.safetensors").unlink()
     opened: list[Path] = []
-    plain = tensors._Bin._load
+    plain = tensors._Bin._open
 
     def noted(self: tensors._Bin) -> Any:
         opened.append(self.path)
         return plain(self)
 
-    monkeypatch.setattr(tensors._Bin, "_load", noted)
+    monkeypatch.setattr(tensors._Bin, "_open", noted)
     monkeypatch.setattr("pumice.formats.load.MAPPED_BYTES", 1)
     open_model(tmp_path)
     assert opened == [tmp_path / "model.bin"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pumice.config import DecoderConfig
-from pumice.errors import InputError
+from pumice.errors import InputError, some
 from pumice.formats import names as tensor_names
 from pumice.storage.tensors import as_lazy
 
@@ -67,4 +67,4 @@ def test_unknown_missing_and_dropped() -> None:
 
 
 def test_long_lists_are_counted() -> None:
-    assert tensor_names.some(list("abcdefg")) == "a, b, c, d, e and 2 more"
+    assert some(list("abcdefg")) == "a, b, c, d, e and 2 more"

@@ -110,7 +110,7 @@ def smollm2() -> tuple[Decoder, Tensor]:
     with torch.device("meta"):
         decoder = Decoder(source.config).requires_grad_(False).eval()
     decoder.load_state_dict({name: tensor.read() for name, tensor in source.state.items()}, assign=True)
-    ids = torch.tensor(source.text.backend.encode(TEXT).ids[:TOKENS])
+    ids = torch.tensor(source.text.tokenizer.encode(TEXT).ids[:TOKENS])
     before = logits(decoder, ids)
     decoder = permuted(decoder)
     assert error(logits(decoder, ids), before) < 1e-4  # the function is the same

@@ -18,7 +18,7 @@ from asking import ask, data_uri, picture, post, wait_until
 from pydantic import ValidationError
 from test_limits import error_of
 
-from pumice.engine.grammar_check import GrammarCheck
+from pumice.engine.grammar_check import check_grammars
 from pumice.serve import backend, guard, work
 from pumice.serve.connection import FED, MAX_HEADERS, MAX_PIPELINED
 from pumice.serve.errors import ApiError, validation_error
@@ -172,11 +172,11 @@ def test_prepared_prompts_share_the_limit(local: Any, monkeypatch: pytest.Monkey
 def test_few_schemas_stay_compiled(local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
 
-    def check(grammars: list[str]) -> GrammarCheck:
+    def check(grammars: list[str]) -> list[str]:
         compiled.extend(grammars)
-        return GrammarCheck(grammars)
+        return check_grammars(grammars)
 
-    monkeypatch.setattr(backend, "GrammarCheck", check)
+    monkeypatch.setattr(backend, "check_grammars", check)
     monkeypatch.setattr(backend, "MAX_GRAMMARS", 2)
     with local() as url:
         for choice, count in (("a", 1), ("b", 2), ("a", 2), ("c", 3), ("a", 3), ("b", 4)):

@@ -278,8 +278,8 @@ def test_nothing_comes_from_elsewhere(server: str) -> None:
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
     for address, file in files().items():
-        if file.media_type.startswith("text/"):
-            named = file.body.replace(b"http://www.w3.org/2000/svg", b"")  # a name, not an address
+        if file.suffix in (".html", ".css", ".js"):
+            named = file.read_bytes().replace(b"http://www.w3.org/2000/svg", b"")  # a name, not an address
             assert not re.findall(rb"https?://[^\s\"'<>]+", named), address
     again = httpx.get(server, headers={"If-None-Match": response.headers["etag"]})
     assert again.status_code == 304

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from test_run import posix
 
 from pumice.engine import grammar_check
 from pumice.engine.engine import Engine
-from pumice.engine.grammar_check import GrammarCheck
 from pumice.explain.attention import Passages
 from pumice.serve import backend, images, run, work
 from pumice.serve.anthropic import AnthropicRequest
@@ -322,12 +321,12 @@ def test_hard_schemas_delay_nobody(server: str, monkeypatch: pytest.MonkeyPatch)
     """Each thread for schemas has one, and one more waits for a thread."""
     begun, leave = threading.Semaphore(0), threading.Event()
 
-    def held(check: GrammarCheck) -> list[str]:
+    def held(grammars: list[str]) -> list[str]:
         begun.release()
         assert leave.wait(120)
-        return ["it takes too long"] * len(check._grammars)
+        return ["it takes too long"] * len(grammars)
 
-    monkeypatch.setattr(GrammarCheck, "run", held)
+    monkeypatch.setattr(backend, "check_grammars", held)
     count = THREADS["schemas"] + 1
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
         hard = [pool.submit(post, server, ask(response_format=hard_schema(n))) for n in range(count)]
@@ -343,20 +342,14 @@ def test_hard_schemas_delay_nobody(server: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @posix
-def test_a_hard_schema_ends_when_its_client_leaves(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    checks: list[GrammarCheck] = []
-    init = GrammarCheck.__init__
-
-    def note(check: GrammarCheck, grammars: Sequence[str]) -> None:
-        init(check, grammars)
-        checks.append(check)
-
-    monkeypatch.setattr(GrammarCheck, "__init__", note)
+def test_a_hard_schema_ends_when_its_client_leaves(
+    server: str, monkeypatch: pytest.MonkeyPatch, started: list[Any]
+) -> None:
     monkeypatch.setattr(grammar_check, "WALL_SECONDS", 1000)  # on a busy machine it would kill, too
     connection = send(server, ask(response_format=hard_schema(99)))
-    wait_until(lambda: checks and checks[0]._process is not None)
+    wait_until(lambda: bool(started))
     connection.close()
-    assert checks[0]._process.wait(60) == -signal.SIGKILL  # its own limit of time would be SIGXCPU
+    assert started[0].wait(60) == -signal.SIGKILL  # its own limit of time would be SIGXCPU
 
 
 def test_long_work_leaves_threads_to_short_work() -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from pumice.errors import InputError
 from pumice.train import checkpoint as checkpoints
-from pumice.train import optional, run
+from pumice.train import preflight, run
 
 MakeRecipe = Callable[..., Path]
 
@@ -80,11 +80,11 @@ def test_bitsandbytes_missing_or_old_is_told_before_anything_is_loaded(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], what: str
 ) -> None:
     def missing(_: str) -> str:
-        raise optional.importlib.metadata.PackageNotFoundError
+        raise preflight.importlib.metadata.PackageNotFoundError("bitsandbytes")
 
-    monkeypatch.setattr(optional.importlib.metadata, "version", missing)
+    monkeypatch.setattr(preflight.importlib.metadata, "version", missing)
     with pytest.raises(InputError, match=f"{what} needs bitsandbytes .*pip install.*needs nothing"):
         run(make_recipe(**changes))
-    monkeypatch.setattr(optional.importlib.metadata, "version", lambda _: "0.45.3")
+    monkeypatch.setattr(preflight.importlib.metadata, "version", lambda _: "0.45.3")
     with pytest.raises(InputError, match=rf"{what} needs bitsandbytes 0.46 or later, 0.45.3 is installed"):
         run(make_recipe(**changes))

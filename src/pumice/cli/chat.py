@@ -100,10 +100,8 @@ class Chat:
                 return
             try:
                 self._handle(line)
-            except InputError as error:
-                print(f"pumice: {error}", file=sys.stderr)
-            except (OSError, RuntimeError, MemoryError) as error:  # the conversation continues
-                print(f"pumice: {error or type(error).__name__}", file=sys.stderr)
+            except (InputError, OSError, RuntimeError, MemoryError) as error:  # the conversation continues
+                print(f"pumice: {str(error) or type(error).__name__}", file=sys.stderr)
 
     def _handle(self, line: str) -> None:
         command, _, argument = line.partition(" ")

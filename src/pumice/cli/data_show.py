@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from pumice.conversation import Conversation
     from pumice.data.rows import ImageFinder, Row, Rows
     from pumice.geometry import Size
-    from pumice.processor import Processor
     from pumice.templates import Plain, Template
     from pumice.tokens import Tokenizer
     from pumice.train.recipe import Recipe
@@ -115,22 +114,19 @@ def show(
                 continue
             if pictures:
                 _draw(row, finder or ImageFinder("."), config)
-            print_row(row.id, ids, labels, encoding.tokenizer, encoding.count(ids))
+            counted = _counted(ids, config) if recipe is None else ""
+            print_row(row.id, ids, labels, encoding.tokenizer, counted)
     if as_json:
         print_json(printed)
 
 
 @dataclasses.dataclass(frozen=True)
 class RowEncoding:
-    """How a row becomes (input_ids, labels). count: says in words how pictures count in input_ids.
-
-    config: of the model, None for a tokenizer alone.
-    """
+    """How a row becomes (input_ids, labels). config: of the model, None for a tokenizer alone."""
 
     config: ModelConfig | None
     tokenizer: Tokenizer
     encode: Callable[[Conversation], tuple[list[int], list[int]]]
-    count: Callable[[list[int]], str]
 
 
 def _learned(recipe: Recipe) -> RowEncoding:
@@ -143,23 +139,27 @@ def _learned(recipe: Recipe) -> RowEncoding:
         sample = processor.training_sample(conversation)
         return sample.input_ids.tolist(), sample.labels.tolist()
 
-    return RowEncoding(processor.config, processor.tokenizer, encode, lambda ids: "")
+    return RowEncoding(processor.config, processor.tokenizer, encode)
 
 
 def _seen(model: str, template: str | None, path: Path | None) -> RowEncoding:
     """Return the encoding of a model, or of the tokenizer at `path`, with one token for each picture."""
     from pumice.boxes import write_boxes
+    from pumice.formats.read import read_model
     from pumice.images import image_size
+    from pumice.processor import Processor
     from pumice.templates import OWN
+    from pumice.tokens import Tokenizer
     from pumice.tokens import encode as encode_spans
 
     config = None
     if path is not None:
         chat_format, tokenizer, bos = _format(template or OWN, path)
     else:
-        processor = _processor(model, template)
-        chat_format, tokenizer, config = processor.template, processor.tokenizer, processor.config
-        bos = config.bos_token_id
+        loaded = read_model(model)  # without its weights
+        config = dataclasses.replace(loaded.config, template=template or loaded.config.template)
+        processor = Processor(config, Tokenizer(loaded.tokenizer))
+        chat_format, tokenizer, bos = processor.template, processor.tokenizer, config.bos_token_id
 
     def encode(conversation: Conversation) -> tuple[list[int], list[int]]:
         if conversation.objects is not None:
@@ -170,7 +170,7 @@ def _seen(model: str, template: str | None, path: Path | None) -> RowEncoding:
         ones = [1] * len(conversation.images)
         return encode_spans(chat_format.render(conversation), tokenizer, ones, bos)
 
-    return RowEncoding(config, tokenizer, encode, lambda ids: _counted(ids, config))
+    return RowEncoding(config, tokenizer, encode)
 
 
 def _box_maps(config: ModelConfig | None, images: int = 1) -> Callable[[Size], BoxMap]:
@@ -236,8 +236,9 @@ def _format(template: str, path: Path) -> tuple[Template | Plain, Tokenizer, int
         chat_format = get_template(model.template if template == OWN else template, model.chat)
         bos = model.bos_token_id
     else:
-        name, chat, writes_bos, _ = side.chat_format(template, str(path))
-        chat_format, bos = get_template(name, chat), side.bos_id(writes_bos)
+        described, _ = side.chat_format(template, str(path))
+        chat_format = get_template(described.template, described.chat)
+        bos = side.bos_id(described.writes_bos)
     text_tokenizer = Tokenizer(side.tokenizer)
     # Raises InputError if the tokenizer lacks special tokens of the template.
     text_tokenizer.stops(chat_format)
@@ -292,14 +293,3 @@ def print_row(
             text.append(decode(ids[start:end]), "dim")
         start = end
     Console(highlight=False, soft_wrap=True).print(text, end="\n\n")
-
-
-def _processor(model: str, template: str | None) -> Processor:
-    """Return the processor of a model without reading its weights."""
-    from pumice.formats.read import read_model
-    from pumice.processor import Processor
-    from pumice.tokens import Tokenizer
-
-    loaded = read_model(model)
-    config = dataclasses.replace(loaded.config, template=template or loaded.config.template)
-    return Processor(config, Tokenizer(loaded.tokenizer))

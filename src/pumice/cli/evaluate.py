@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from pumice.cli import options
-from pumice.errors import InputError
+from pumice.errors import InputError, check_known
 from pumice.files import replacing
 from pumice.jsonl import print_json
 from pumice.progress import LOG_SECONDS, ProgressBar
@@ -93,12 +93,11 @@ def evaluate(
         )
     if predictions is None:
         raise InputError("--predictions is missing; name the file of answers (with --model it is written)")
-    if reference is not None and reference not in PUBLISHED:
-        raise InputError(f"no numbers of {reference!r} are known; use one of {', '.join(PUBLISHED)}")
-    if max_new_tokens is not None and model is None:
-        raise InputError("--max-new-tokens is for a model that answers; add --model, or leave it out")
-    if model_name is not None and model is None:
-        raise InputError("--model-name is for a model that answers; add --model, or leave it out")
+    if reference is not None:
+        check_known(reference, PUBLISHED, f"no numbers of {reference!r} are known")
+    for option, value in (("--max-new-tokens", max_new_tokens), ("--model-name", model_name)):
+        if value is not None and model is None:
+            raise InputError(f"{option} is for a model that answers; add --model, or leave it out")
     if compare is not None and model is not None:
         raise InputError("--compare is for two files of answers; leave out --model")
     if compare is not None and predictions.exists() and compare.exists() and predictions.samefile(compare):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -69,9 +70,8 @@ def generate(
     finder = ImageFinder(settings.images) if settings.images else None
     contexts = gather(_sources(settings, bad_rows), finder, bad_rows, settings.limit)
     if bad_rows.count:
-        runs.note(
-            f"{bad_rows.count} annotations cannot be used and are left out; the first: {bad_rows.first[0]}"
-        )
+        text = f"{bad_rows.count} annotations cannot be used and are left out; the first: {bad_rows.first[0]}"
+        print(text, file=sys.stderr, flush=True)
     language = None if settings.language == "any" else settings.language
     job = runs.Job(
         contexts, _kinds(settings.kind), out, finder, settings.show, settings.examples, settings.told,
@@ -82,7 +82,7 @@ def generate(
     # 3. Ask the teacher what the journal lacks, then check all replies and write rows and report.
     with lock:
         estimate = runs.estimate(job, teacher, journal, endpoint)
-        runs.note(f"{len(contexts)} pictures: {estimate.sentence()}")
+        print(f"{len(contexts)} pictures: {estimate.sentence()}", file=sys.stderr, flush=True)
         if estimate_only:
             if as_json:
                 print_json(vars(estimate))
@@ -129,7 +129,7 @@ def _call(job: Job, teacher: Teacher, journal: Journal, missing: int) -> str:
 def _check_libraries() -> None:
     from importlib.util import find_spec
 
-    for name in ("ijson", "datasketch", "py3langid"):
+    for name in ("datasketch", "py3langid"):
         if find_spec(name) is None:
             raise InputError(f"this needs {name}: {install('generate')}")
 
@@ -185,10 +185,6 @@ def mix(
             comparison = "" if reference is None else f" (LLaVA-1.5 has {reference['rows']:,})"
             print(f"{source['name']}: {source['rows']:,} rows of {source['available']:,}{comparison}")
         print(f"{manifest['rows']:,} rows in {out}")
-    differences = [
-        s["reference"]["sentence"]
-        for s in manifest["sources"]
-        if s["reference"] and s["reference"]["sentence"]
-    ]
-    if differences:
-        raise WorkError(differences[0])
+    for source in manifest["sources"]:
+        if source["reference"] and (difference := source["reference"]["sentence"]):
+            raise WorkError(difference)

@@ -126,13 +126,15 @@ def describe(plan: Plan) -> list[str]:
     devices = (
         "" if plan.processes == 1 else f" x {plan.processes}, " + ("shards" if plan.sharded else "copies")
     )
+    hint = f", the largest of these rows (pack_tokens is {plan.pack_tokens})"
+    hint = "" if plan.planned_pack == plan.pack_tokens else hint
     lines = [f"{plan.recipe} on {device.name}{devices}, {memory}", "", "parameters"]
     for part, count in plan.parameters.items():
         lines.append(f"  {part:<14}{count / 1e6:10.1f} M")
     lines += [
         f"  {'learning':<14}{plan.learning / 1e6:10.1f} M",
         "",
-        f"memory at packs of {plan.planned_pack} tokens{_pack_hint(plan)}",
+        f"memory at packs of {plan.planned_pack} tokens{hint}",
     ]
     lines += [f"  {kind:<14}{size / 1e9:10.2f} GB" for kind, size in plan.memory.items() if size]
     lines.append(f"  {'in all':<14}{plan.total / 1e9:10.2f} GB  {_verdict(plan)}")
@@ -148,12 +150,6 @@ def describe(plan: Plan) -> list[str]:
         speed += "; --rows N tells steps and hours"
     lines.append(speed)
     return lines + [f"note: {note}" for note in plan.notes]
-
-
-def _pack_hint(plan: Plan) -> str:
-    if plan.planned_pack == plan.pack_tokens:
-        return ""
-    return f", the largest of these rows (pack_tokens is {plan.pack_tokens})"
 
 
 def _verdict(plan: Plan) -> str:

@@ -9,7 +9,7 @@ import time
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import numpy as np
 
@@ -47,16 +47,10 @@ def kept(files: Sequence[Path], purpose: str, build: Callable[[], Arrays]) -> Ar
             time.sleep(_WAIT)
         if (arrays := _load(path, stamp)) is None:
             arrays = build()
+            stored: dict[str, Any] = {"stamp": stamp, **arrays}
             with contextlib.suppress(OSError), replacing(path) as file:
-                _save(file.buffer, {"stamp": stamp, **arrays})
+                np.savez(file.buffer, **stored)
     return arrays
-
-
-def _save(file: IO[bytes], arrays: Arrays) -> None:
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def _load(path: Path, stamp: np.ndarray) -> Arrays | None:

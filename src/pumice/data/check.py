@@ -117,8 +117,8 @@ def check(
     truncate: bool = False,
     held_out: Sequence[Rows] = (),
     workers: int = 0,
-    progress: Callable[[], None] | None = None,
-    decoded: Callable[[int, int], None] | None = None,
+    progress: Callable[[], None] = lambda: None,
+    decoded: Callable[[int, int], None] = lambda *_: None,
 ) -> DataReport:
     """Check every row of every source and report all problems.
 
@@ -137,8 +137,7 @@ def check(
     opened: dict[Path | Video, DecodedImage] = {}
     if decode:
         files = _files([*rows, *held_out], finder)
-        on_decoded = None if decoded is None else lambda count: decoded(count, len(files))
-        opened = decode_all(files, workers, on_decoded, compare=bool(held_out))
+        opened = decode_all(files, workers, lambda count: decoded(count, len(files)), compare=bool(held_out))
     scan = Scan([*rows, *held_out], finder, encode, decode, bool(held_out), workers)
     lookalikes = Lookalikes()
     for number, source in enumerate(rows):
@@ -162,8 +161,7 @@ def check(
             report.problems += [
                 Problem(kind, source.source, row.number, row.id, why) for kind, why in findings
             ]
-            if progress is not None:
-                progress()
+            progress()
     # 5. A held-out picture that is also learned makes the held-out loss too good.
     for number, source in enumerate(held_out, len(rows)):
         for row in scan.rows(number):

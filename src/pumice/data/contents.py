@@ -63,10 +63,6 @@ class Contents:
         """Whether any picture is inside the source."""
         return not all(self.names())
 
-    @property
-    def has_videos(self) -> bool:
-        return bool(self.arrays["videos"].any())
-
     def max_images(self, frames: int) -> int:
         """Return the most pictures that a row shows. frames: as how many a video counts."""
         ends = np.cumsum([0, *np.where(self.arrays["videos"], frames, 1)[self.arrays["shown"]]])

@@ -41,7 +41,7 @@ def convert(
     *,
     rows_per_file: int = 1000,
     max_bad_rows: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Counter[str]:
     """Write rows into the folder `out`, and return counts of what was done.
 
@@ -67,8 +67,7 @@ def convert(
     if form == "llava" and (out / ROWS).exists():  # it is written last
         for path in out.glob("rows-*.jsonl"):
             path.unlink()
-        if progress is not None:
-            progress(len(rows))
+        progress(len(rows))
         return done
     # 2. Write the files that are not there yet.
     suffix, write = WRITERS[form]
@@ -81,8 +80,7 @@ def convert(
             shard = [(n, rows[n]) for n in range(start, end) if not bad[n]]
             with replacing(path) as file:
                 write(_with_pictures(shard, finder), file.buffer, out)
-        if progress is not None:
-            progress(end)
+        progress(end)
     # 3. Join the parts of LLaVA's form.
     if form == "llava":
         with replacing(out / ROWS) as file:

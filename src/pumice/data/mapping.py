@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from pumice.data.pictures import (
 )
 from pumice.data.sources.json_text import kind
 from pumice.data.sources.source import Record
-from pumice.errors import InputError, RowError, check_known
+from pumice.errors import InputError, RowError, check_known, some
 from pumice.messages import read_messages
 
 Turns = list[tuple[str, str]]
@@ -59,17 +59,18 @@ _DESCRIBE = "Describe the picture."
 
 @dataclass(frozen=True)
 class Mapped:
-    """A record as a row says it. images: pictures and videos in the order of their places.
+    """A record as a row says it: its pictures and videos, by name or inside the source, and (speaker, text).
 
-    added: pictures for which the turns had no `<image>`. objects: names and boxes for the placeholders in the
-    turns.
+    image: in the order of their places. messages: of a row in that form, with the pictures in their places.
+    added: pictures for which the row had no `<image>`; it was put in front. objects: names and boxes for the
+    placeholders in the turns.
     """
 
     id: str
-    images: tuple[Image, ...]
+    image: tuple[Image, ...]
     turns: tuple[tuple[str, str], ...]
-    messages: tuple[Message, ...] = ()  # of a row in that form, with the pictures in their places
-    added: int = 0
+    messages: tuple[Message, ...] = ()
+    added: int = field(default=0, compare=False)
     objects: Objects | None = None
 
 
@@ -111,7 +112,7 @@ class RowMapping:
             objects = structured(values.get("objects"))
             if not is_objects(objects):
                 mapped = self._words(row_id, values, images, videos, place, form)
-                if not mapped.images:
+                if not mapped.image:
                     _check_unread(values)
                 return mapped
             if not values.keys() & _WORDS:
@@ -286,12 +287,10 @@ def _messages(values: Record) -> list[Any] | None:
     if "messages" in values:
         messages = structured(values["messages"])
     elif "prompt" in values and "completion" in values:
-        both = [structured(values[name]) for name in ("prompt", "completion")]
-        roles = ("user", "assistant")
-        lists = [
-            [{"role": r, "content": b}] if isinstance(b, str) else b for r, b in zip(roles, both, strict=True)
-        ]
-        messages = [*lists[0], *lists[1]]
+        messages = []
+        for name, role in (("prompt", "user"), ("completion", "assistant")):
+            said = structured(values[name])
+            messages += [{"role": role, "content": said}] if isinstance(said, str) else said
     else:
         return None
     if not isinstance(messages, list) or not messages:
@@ -420,5 +419,4 @@ def _unknown(values: Record, form: str) -> str:
 
 
 def _listed(values: Mapping[str, Any]) -> str:
-    names: Sequence[str] = [repr(name) for name in values]
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    return some([repr(name) for name in values], 12)

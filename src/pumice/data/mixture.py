@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
 from typing import overload
 
 import numpy as np
@@ -143,9 +142,9 @@ class Mixture:
     def _sets_of(self, order: np.ndarray) -> np.ndarray:
         """Return (n,), the set of images of each row of an order."""
         image_sets = np.empty(len(order), np.int64)
-        for source, sets in enumerate(self._image_sets):
+        for source, rows in enumerate(self.rows):
             chosen = order[:, 0] == source
-            image_sets[chosen] = sets[order[chosen, 1]]
+            image_sets[chosen] = rows.contents.image_sets[order[chosen, 1]]
         return image_sets
 
     def with_images(self, order: np.ndarray) -> np.ndarray:
@@ -155,10 +154,6 @@ class Mixture:
     def max_images(self, frames: int = 1) -> int:
         """Return the most pictures that one row shows. frames: as how many a video counts."""
         return max(rows.contents.max_images(frames) for rows in self.rows)
-
-    @cached_property
-    def _image_sets(self) -> list[np.ndarray]:
-        return [rows.contents.image_sets for rows in self.rows]
 
 
 def _permuted_blocks(count: int, size: int, random: np.random.Generator) -> np.ndarray:

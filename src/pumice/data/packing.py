@@ -134,70 +134,50 @@ def fitting_trees(samples: Sequence[Sample], budget: int) -> list[Tree]:
 
 
 @dataclass(frozen=True)
-class Pack:
-    """One sequence of trees, joined end to end."""
+class Pack(Tree):
+    """One sequence of trees, joined end to end: a tree in which each of them begins anew."""
 
     trees: tuple[Tree, ...]
 
-    @property
-    def input_ids(self) -> np.ndarray:
-        return np.concatenate([t.input_ids for t in self.trees])
+    @classmethod
+    def of(cls, trees: Sequence[Tree]) -> Pack:
+        """Join trees."""
+        starts = np.cumsum([0, *map(len, trees[:-1])])
 
-    @property
-    def positions(self) -> np.ndarray:
-        return np.concatenate([t.positions for t in self.trees])
+        def join(name: str) -> np.ndarray:
+            return np.concatenate([getattr(tree, name) for tree in trees])
 
-    @property
-    def sources(self) -> np.ndarray:
-        starts = np.cumsum([0, *(len(t) for t in self.trees[:-1])])
-        return np.concatenate([t.sources + s for t, s in zip(self.trees, starts, strict=True)])
+        def join_nodes(name: str) -> np.ndarray:
+            """Numbers of nodes count from the first node of the pack; -1 stays."""
+            nodes = [(getattr(tree, name), start) for tree, start in zip(trees, starts, strict=True)]
+            return np.concatenate([np.where(own < 0, own, own + start) for own, start in nodes])
 
-    @property
-    def runs(self) -> list[Run]:
-        """The trees' runs; `before` counts from the pack's first run."""
-        runs: list[Run] = []
-        for tree in self.trees:
-            first = len(runs)
-            runs += [
-                Run(n, tuple((first + run, length) for run, length in before)) for n, before in tree.runs
-            ]
-        return runs
-
-    @property
-    def targets(self) -> np.ndarray:
-        return np.concatenate([t.targets for t in self.trees])
-
-    @property
-    def weights(self) -> np.ndarray:
-        return np.concatenate([t.weights for t in self.trees])
-
-    @property
-    def images(self) -> list[ImagePart]:
-        return [image for t in self.trees for image in t.images]
-
-    @property
-    def layouts(self) -> list[Layout]:
-        return [layout for t in self.trees for layout in t.layouts]
-
-    def __len__(self) -> int:
-        return sum(len(t) for t in self.trees)
+        return cls(
+            input_ids=join("input_ids"),
+            positions=join("positions"),
+            parents=join_nodes("parents"),
+            sources=join_nodes("sources"),
+            targets=join("targets"),
+            weights=join("weights"),
+            images=tuple(image for tree in trees for image in tree.images),
+            layouts=tuple(layout for tree in trees for layout in tree.layouts),
+            trees=tuple(trees),
+        )
 
 
 def pack(trees: Iterable[Tree], budget: int) -> list[Pack]:
     """Fill packs of at most `budget` tokens, longest tree first. A longer tree gets its own pack."""
-    in_order = sorted(trees, key=len, reverse=True)
     packs: list[list[Tree]] = []
-    room = _Room(len(in_order))
-    for tree in in_order:
+    room: list[int] = []  # in each
+    for tree in sorted(trees, key=len, reverse=True):
         # First fit: small trees fill what the large ones leave.
-        number = room.first(len(tree))
-        if number is None:
-            number = len(packs)
+        number = next((n for n, tokens in enumerate(room) if tokens >= len(tree)), len(packs))
+        if number == len(packs):
             packs.append([])
-            room.set(number, budget)
+            room.append(budget)
         packs[number].append(tree)
-        room.set(number, max(0, room.get(number) - len(tree)))
-    return [Pack(tuple(filled)) for filled in packs]
+        room[number] -= len(tree)
+    return [Pack.of(filled) for filled in packs]
 
 
 def pack_evenly(trees: Iterable[Tree], budget: int, processes: int) -> list[Pack]:
@@ -220,35 +200,6 @@ def pack_evenly(trees: Iterable[Tree], budget: int, processes: int) -> list[Pack
             packs[number].append(tree)
             heapq.heappush(heap, (tokens + len(tree), number))
         if max(heap)[0] <= limit:
-            filled = [Pack(tuple(trees)) for trees in packs if trees]
+            filled = [Pack.of(trees) for trees in packs if trees]
             return sorted(filled, key=len, reverse=True)
         count += processes
-
-
-class _Room:
-    """The room in each of up to `count` packs, as a tree of maxima: the first that fits is found in log n.
-
-    Node n has the children 2n and 2n + 1; the packs are the leaves.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._leaves = 1 << max(0, count - 1).bit_length()
-        self._most = [-1] * (2 * self._leaves)
-
-    def get(self, number: int) -> int:
-        return self._most[self._leaves + number]
-
-    def set(self, number: int, room: int) -> None:
-        node = self._leaves + number
-        self._most[node] = room
-        while node := node // 2:
-            self._most[node] = max(self._most[2 * node], self._most[2 * node + 1])
-
-    def first(self, size: int) -> int | None:
-        """Return the first pack with room for `size` tokens."""
-        if self._most[1] < size:
-            return None
-        node = 1
-        while node < self._leaves:
-            node = 2 * node + (self._most[2 * node] < size)
-        return node - self._leaves

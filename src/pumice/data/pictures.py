@@ -6,14 +6,14 @@ import ast
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from pumice.conversation import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, StoredImage, Video
 from pumice.data.sources.folders import PICTURES
 from pumice.data.sources.source import Record
-from pumice.errors import InputError, counted, shorten
+from pumice.errors import InputError, counted, cut, shorten
 from pumice.messages import decode_data_url
 
 Image = str | StoredImage | Video  # the name of a file, a picture inside the source, or a video's file
@@ -91,28 +91,23 @@ def images_of(values: Record, place: str) -> list[Image]:
         )
     if not found:
         return []
-    value = structured(values[found[0]])
-    images = value if isinstance(value, list) else [value]
-    try:
-        return [image_of(image, place) for image in images]
-    except TypeError as error:
-        raise InputError(
-            f"{place}: {found[0]!r} must be a path or a list of paths, found {_shorten_json(value)}"
-        ) from error
+    return _media_of(values, found[0], place, lambda image: image, "")
 
 
 def videos_of(values: Record, place: str) -> list[Image]:
     """Return the videos that a column names."""
     name = next((name for name in _VIDEOS if values.get(name)), None)
-    if name is None:
-        return []
+    return [] if name is None else _media_of(values, name, place, Video, " of videos")
+
+
+def _media_of(values: Record, name: str, place: str, kind: Callable[[Any], Any], what: str) -> list[Image]:
+    """Return what one column names, each as a `kind`. what: ends the description of a list in an error."""
     value = structured(values[name])
-    videos = value if isinstance(value, list) else [value]
     try:
-        return [image_of(Video(video), place) for video in videos]
+        return [image_of(kind(item), place) for item in (value if isinstance(value, list) else [value])]
     except TypeError as error:
         raise InputError(
-            f"{place}: {name!r} must be a path or a list of paths of videos, found {_shorten_json(value)}"
+            f"{place}: {name!r} must be a path or a list of paths{what}, found {_shorten_json(value)}"
         ) from error
 
 
@@ -183,7 +178,6 @@ def structured(value: Any) -> Any:
 
 def _shorten_json(value: Any) -> str:
     try:
-        text = json.dumps(value)
+        return cut(json.dumps(value))
     except TypeError:
         return shorten(value)
-    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"

@@ -18,15 +18,13 @@ from pumice.conversation import (
     IMAGE_PLACEHOLDER,
     VIDEO_PLACEHOLDER,
     Conversation,
-    Message,
-    Objects,
     StoredImage,
     Video,
     from_llava,
 )
 from pumice.data.arrays import kept
 from pumice.data.contents import Contents, RowSummary, read_contents
-from pumice.data.mapping import RowMapping
+from pumice.data.mapping import Mapped, RowMapping
 from pumice.data.objects import stored
 from pumice.data.pictures import Image
 from pumice.data.sources.folders import PICTURES
@@ -92,22 +90,11 @@ class ImageFinder:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row: its pictures and videos, by name or inside the source, and its turns as (speaker, text).
+class Row(Mapped):
+    """One row of a source. folder: where its pictures may be beside the roots of a finder."""
 
-    messages: of a row in that form, with the pictures in their places. folder: where its pictures may be
-    beside the roots of a finder. added: pictures for which the row had no `<image>`; it was put in front.
-    objects: names and boxes for the placeholders in the turns.
-    """
-
-    id: str
-    image: tuple[Image, ...]
-    turns: tuple[tuple[str, str], ...]
-    source: str
-    messages: tuple[Message, ...] = ()
+    source: str = ""
     folder: Path | None = field(default=None, compare=False)
-    added: int = field(default=0, compare=False)
-    objects: Objects | None = None
 
     def conversation(self, finder: ImageFinder | None) -> Conversation:
         """Return the row as a checked Conversation with the paths of its images, or names without a finder.
@@ -205,11 +192,7 @@ class Rows(Sequence[Row]):
 
     def _row(self, record: Record, index: int) -> Row:
         mapped = self.mapping.read(record, self.opened.place(index), str(index + 1), self.opened.form)
-        folder = self.opened.folder
-        return Row(
-            mapped.id, mapped.images, mapped.turns, self.source, mapped.messages, folder, mapped.added,
-            mapped.objects,
-        )  # fmt: skip
+        return Row(**vars(mapped), source=self.source, folder=self.opened.folder)
 
     def _keyed(self, row: Row, index: int) -> Row:
         """Return the row with the keys and sizes of its pictures, so that equal pictures are the same."""

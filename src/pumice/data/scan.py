@@ -73,14 +73,12 @@ class Scan:
         try:
             row = source[index]
         except InputError as error:
-            kind = error.kind if isinstance(error, RowError) else "malformed row"
-            return CheckedRow(index + 1, findings=[(kind, str(error))], malformed=True)
+            return CheckedRow(index + 1, findings=[_malformed(error)], malformed=True)
         checked = CheckedRow(index + 1, row.id, images=[self._check_image(image, row) for image in row.image])
         try:
             row.conversation(None)
         except InputError as error:
-            kind = error.kind if isinstance(error, RowError) else "malformed row"
-            checked.findings.append((kind, str(error)))
+            checked.findings.append(_malformed(error))
         else:
             if row.objects is not None and not any(image.missing for image in checked.images):
                 checked.findings += self._box_findings(row, row.objects)
@@ -126,6 +124,10 @@ class Scan:
         if not isinstance(found, StoredImage):
             return CheckedImage(name, file=found)
         return CheckedImage(name, decoded=decode_image(found, self.compare) if self.decode else None)
+
+
+def _malformed(error: InputError) -> Finding:
+    return error.kind if isinstance(error, RowError) else "malformed row", str(error)
 
 
 def _crashed(index: int) -> CheckedRow:

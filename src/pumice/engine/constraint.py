@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pumice.engine.grammar_check import GrammarCheck, compile_grammar, refused
+from pumice.engine.grammar_check import check_grammars, compile_grammar, refused
 from pumice.errors import InputError, library
 from pumice.tokens import Tokenizer
 
@@ -67,8 +67,8 @@ class Grammar:
     """A compiled grammar for any number of answers. Call it to start one; it is a `Prompt.constraint`.
 
     grammar: in Lark. vocabulary: rows of the model's embedding. stops: the tokens that may end an answer.
-    what: its name in an InputError, which is raised if the grammar cannot be compiled. checked: a
-    `GrammarCheck` of it has passed; else one runs now.
+    what: its name in an InputError, which is raised if the grammar cannot be compiled. checked: whether
+    `check_grammars` found nothing wrong with it; else it is asked now.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Grammar:
             )
         self.vocabulary, self.stops, self.what = vocabulary, tuple(stops), what
         shared = _compiled(tokenizer, vocabulary, self.stops)
-        reason = "" if checked else GrammarCheck([grammar]).run()[0]
+        reason = "" if checked else check_grammars([grammar])[0]
         if not reason:
             self._matcher, reason = compile_grammar(grammar, shared)
         if reason:

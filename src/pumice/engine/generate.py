@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
 
@@ -56,14 +57,9 @@ def generate(
     engine = Engine(model, slots=slots, cache_tokens=cache_tokens)
     events: deque[tuple[int, Delta]] = deque()
     upcoming, open_requests = enumerate(prompts), 0
-    exhausted = False
     while True:
         # 1. Fill the free slots.
-        while open_requests < slots and not exhausted:
-            number, prompt = next(upcoming, (-1, None))
-            if prompt is None:
-                exhausted = True
-                break
+        for number, prompt in itertools.islice(upcoming, slots - open_requests):
             engine.submit(prompt, functools.partial(_append, events, number))
             open_requests += 1
         if not open_requests:

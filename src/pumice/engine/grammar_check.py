@@ -11,14 +11,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 from pumice.errors import InputError
-from pumice.stopping import limit_process
+from pumice.stopping import limit_process, run_bounded
 
 LARGEST = 1 << 17  # bytes of a grammar
 ALL = 4 * LARGEST  # of those that are checked together
@@ -39,48 +37,22 @@ def refused(reason: str, what: str) -> InputError:
     return InputError(f"the {what} cannot be followed ({_PLACE.sub('', first).strip()[:200]}); simplify it")
 
 
-class GrammarCheck:
-    """The process that compiles grammars once, to see that it works. `stop`, from any thread, ends it."""
+def check_grammars(grammars: Sequence[str]) -> list[str]:
+    """Compile grammars once, to see that it works. Return for each why it cannot be followed, or "".
 
-    def __init__(self, grammars: Sequence[str]) -> None:
-        self._grammars = grammars
-        self._process: subprocess.Popen[bytes] | None = None
-        self._stopped = False
-        self._lock = threading.Lock()
-
-    def run(self) -> list[str]:
-        """Wait for the end of the process. Return for each grammar why it cannot be followed, or ""."""
-        size = max(map(len, self._grammars), default=0)
-        if size > LARGEST:
-            return [f"{size} characters, more than {LARGEST}"] * len(self._grammars)
-        if (size := sum(map(len, self._grammars))) > ALL:
-            return [f"{size} characters together, more than {ALL}"] * len(self._grammars)
-        command = [sys.executable, "-m", __name__]
-        with self._lock:
-            if self._stopped:
-                return ["the check was stopped"] * len(self._grammars)
-            self._process = process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-            )
-        try:
-            answer, _ = process.communicate(json.dumps(self._grammars).encode(), timeout=WALL_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            answer, _ = process.communicate()
-        finally:
-            process.kill()
-            process.wait()
-        lines = [line for line in answer.splitlines(keepends=True) if line.endswith(b"\n")]
-        reasons: list[str] = list(map(json.loads, lines))
-        # Where it was stopped: the one that was being compiled, and those that were not tried.
-        reason = f"it takes more than {CPU_SECONDS} s or {MEMORY >> 20} MB to compile"
-        return reasons + [reason] * (len(self._grammars) - len(reasons))
-
-    def stop(self) -> None:
-        with self._lock:
-            self._stopped = True
-            if self._process is not None:
-                self._process.kill()
+    Raises Stopped when the work is stopped.
+    """
+    size = max(map(len, grammars), default=0)
+    if size > LARGEST:
+        return [f"{size} characters, more than {LARGEST}"] * len(grammars)
+    if (size := sum(map(len, grammars))) > ALL:
+        return [f"{size} characters together, more than {ALL}"] * len(grammars)
+    answer, _ = run_bounded(__name__, list(grammars), WALL_SECONDS)
+    lines = [line for line in answer.splitlines(keepends=True) if line.endswith(b"\n")]
+    reasons: list[str] = list(map(json.loads, lines))
+    # Where it was stopped: the one that was being compiled, and those that were not tried.
+    reason = f"it takes more than {CPU_SECONDS} s or {MEMORY >> 20} MB to compile"
+    return reasons + [reason] * (len(grammars) - len(reasons))
 
 
 def compile_grammar(grammar: str, tokenizer: Any) -> tuple[Any, str]:

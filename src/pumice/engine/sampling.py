@@ -14,13 +14,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pumice.config import PENALTIES
+from pumice.config import DRAWN
 from pumice.errors import InputError, instead_of
 from pumice.model.transfer import numbers_on, to_device
 
 LIKELIEST = 64  # tokens that top_p and min_p select first
 TRIES = 16  # draws from all tokens for one that top_p and min_p allow, before they are sorted
 BLOCK = 64  # tokens of the vocabulary that are searched for likely ones together
+# The lowest and the highest value of each setting, and the range in words.
+_RANGES = DRAWN | {
+    "max_new_tokens": (1, math.inf, "1 or more"),
+    "min_p": (0, 1, "0 (off) to 1"),
+    "frequency_penalty": (-2, 2, "-2 to 2"),
+    "presence_penalty": (-2, 2, "-2 to 2"),
+    "seed": (0, 2**63 - 1, "0 or more, below 2**63"),
+    "logprobs": (0, math.inf, "0 or more"),
+    "prompt_logprobs": (0, math.inf, "0 or more"),
+}
+_OPTIONAL = ("seed", "logprobs", "prompt_logprobs")  # may be None
+_WHOLE = ("max_new_tokens", "top_k", *_OPTIONAL)
 
 
 @dataclass(frozen=True)
@@ -46,46 +58,16 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        integers: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
-            "top_k": self.top_k,
-            "seed": self.seed,
-            "logprobs": self.logprobs,
-            "prompt_logprobs": self.prompt_logprobs,
-        }
-        for name, value in integers.items():
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-                raise InputError(f"{name} is {value!r}; give a whole number")
-        numbers: dict[str, Any] = {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "min_p": self.min_p,
-            "repetition_penalty": self.repetition_penalty,
-            "frequency_penalty": self.frequency_penalty,
-            "presence_penalty": self.presence_penalty,
-        }
-        for name, value in numbers.items():
-            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-                raise InputError(f"{name} is {value!r}; give a number")
-        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
-        _require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0, at most 1")
-        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "0 (off) to 1")
-        _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
-        low, high = PENALTIES
-        _require(
-            low <= self.repetition_penalty <= high,
-            "repetition_penalty",
-            self.repetition_penalty,
-            f"{low} to {high}",
-        )
-        for name in ("frequency_penalty", "presence_penalty"):
-            _require(-2 <= numbers[name] <= 2, name, numbers[name], "-2 to 2")
-        if self.seed is not None:
-            _require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
-        for name in ("logprobs", "prompt_logprobs"):
-            if integers[name] is not None:
-                _require(integers[name] >= 0, name, integers[name], "0 or more")
+        for name, (low, high, words) in _RANGES.items():
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            kind, noun = (int, "whole number") if name in _WHOLE else (int | float, "number")
+            is_number = isinstance(value, kind) and not isinstance(value, bool)
+            if not is_number or (name not in _WHOLE and not math.isfinite(value)):
+                raise InputError(f"{name} is {value!r}; give a {noun}")
+            if not low <= value <= high:
+                raise InputError(f"{name} is {value}; give {words}")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise InputError(f"stop is {list(self.stop)!r}; give texts that are not empty")
 
@@ -349,8 +331,3 @@ def keep(params: Sequence[SamplingParams], candidates: Tensor) -> Tensor:
     sums = candidates.cumsum(-1)
     before = (sums - candidates) / torch.where(of_all, 1.0, sums[:, -1:])
     return ((before < top_p) | (top_p == 1)) & (candidates >= min_p * candidates[:, :1])
-
-
-def _require(holds: bool, name: str, value: Any, remedy: str) -> None:
-    if not holds:
-        raise InputError(f"{name} is {value}; give {remedy}")

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
-from pumice.errors import InputError, library, shorten, wrong_input
+from pumice.errors import CAUSE, InputError, library, shorten, wrong_input
 
 LARGEST_FILE = 1 << 30  # bytes of one file, unpacked; the largest official one has 0.8 GB
 EXPANSION = 20  # a parquet file that is larger may hold so many times its size
@@ -31,10 +31,9 @@ def read_bounded(file: IO[bytes], label: str) -> bytes:
 
 @lru_cache(maxsize=8)
 def _archive(path: Path) -> zipfile.ZipFile:
-    try:
+    # A damaged directory makes the library raise errors of many kinds.
+    with wrong_input(Exception, f"'{path}' is not a whole zip file ({CAUSE}); fetch it again"):
         return zipfile.ZipFile(path)
-    except Exception as error:  # a damaged directory makes the library raise errors of many kinds
-        raise InputError(f"'{path}' is not a whole zip file ({error}); fetch it again") from error
 
 
 def members(path: Path) -> list[str]:

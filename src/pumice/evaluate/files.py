@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import csv
 import io
 import json
@@ -39,13 +38,10 @@ class ImageFile:
     """An image or a video of a question, read only when the question is asked."""
 
     name: str
-    load: Callable[[], Path | bytes | Video] = field(compare=False, repr=False)
+    # Returns the path or the bytes of the image, or the video. Raises InputError when it is missing.
+    source: Callable[[], Path | bytes | Video] = field(compare=False, repr=False)
     # Says, without reading the image, why it is missing; "" where it exists or is stored in a table.
     problem: Callable[[], str] = field(default=lambda: "", compare=False, repr=False)
-
-    def source(self) -> Path | bytes | Video:
-        """Return the path or the bytes of the image, or the video. Raises InputError when it is missing."""
-        return self.load()
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,7 @@ def search(data: Path, names: Sequence[str]) -> DataFile | None:
         raise InputError(f"the data '{data}' does not exist; check the path")
     if data.is_file():
         if data.suffix == ".zip":
-            return next((f for name in names if (f := _in_zip(data, name))), None)
+            return _in_zip(data, names)
         return DataFile(data) if data.name in names else None
     if not data.is_dir():  # to open a pipe would wait for its writer
         raise InputError(f"the data '{data}' is neither a folder nor a file; check the path")
@@ -112,16 +108,18 @@ def search(data: Path, names: Sequence[str]) -> DataFile | None:
         if matches:
             return DataFile(data / min(matches, key=lambda path: (path.count("/"), path)))
     for archive in sorted(path for path in data.glob("*.zip") if path.is_file()):
-        for name in names:
-            if member := _in_zip(archive, name):
-                return member
+        if member := _in_zip(archive, names):
+            return member
     return None
 
 
-def _in_zip(archive: Path, name: str) -> DataFile | None:
-    candidates = _by_name(archive).get(name.rpartition("/")[2], ())
-    matches = [member for member in candidates if ("/" + member).endswith("/" + name)]
-    return DataFile(archive, min(matches, key=len)) if matches else None
+def _in_zip(archive: Path, names: Sequence[str]) -> DataFile | None:
+    for name in names:
+        candidates = _by_name(archive).get(name.rpartition("/")[2], ())
+        matches = [member for member in candidates if ("/" + member).endswith("/" + name)]
+        if matches:
+            return DataFile(archive, min(matches, key=len))
+    return None
 
 
 @lru_cache(maxsize=8)
@@ -166,10 +164,8 @@ class ImageFolders:
                     return path
         for folder in self.folders:
             archive = self.root / f"{folder}.zip"
-            if archive.is_file():
-                for name in names:
-                    if member := _in_zip(archive, name):
-                        return member
+            if archive.is_file() and (member := _in_zip(archive, names)):
+                return member
         return None
 
     def _problem(self, names: Sequence[str]) -> str:
@@ -182,18 +178,15 @@ class ImageFolders:
         location = self._find(names)
         if location is None:
             raise InputError(self._problem(names))
-        if isinstance(location, Path):
-            return location
-        return location.read()
+        return location if isinstance(location, Path) else location.read()
 
 
 def read_json(file: DataFile, *keys: str) -> Any:
     """Read a JSON file: an object with all `keys`, if any are given. Raises InputError where it is none."""
     text = file.text()
-    try:
+    damaged = (ValueError, RecursionError)
+    with wrong_input(damaged, f"'{file}' is cut off or not JSON ({CAUSE}); fetch it again"):
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"'{file}' is cut off or not JSON ({error}); fetch it again") from error
     if keys:
         require_keys(value, keys, f"'{file}'")
     return value
@@ -308,10 +301,8 @@ def base64_image(name: str, text: str) -> ImageFile:
     """Return an image that a table holds as base64 text."""
 
     def load() -> bytes:
-        try:
-            return base64.b64decode(text, validate=False)
-        except (binascii.Error, ValueError) as error:
-            raise InputError(f"picture '{name}' is not base64 ({error}); fetch the table again") from error
+        with wrong_input(ValueError, f"picture '{name}' is not base64 ({CAUSE}); fetch the table again"):
+            return base64.b64decode(text)
 
     return ImageFile(name, load)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,16 +94,13 @@ class InPumice:
 
     def __init__(self, name: str, open_model: Callable[[], Assistant], new_tokens: int) -> None:
         self.name, self._open, self._new = name, open_model, new_tokens
-        self._opened: Assistant | None = None
 
-    @property
+    @cached_property
     def assistant(self) -> Assistant:
-        if self._opened is None:
-            self._opened = self._open()
-        return self._opened
+        return self._open()
 
     def close(self) -> None:
-        self._opened = None
+        vars(self).pop("assistant", None)
 
     @torch.inference_mode()
     def trace(self, question: CheckQuestion, first: Trace | None) -> Trace:
@@ -145,18 +143,15 @@ class InLlamaCpp:
         """Raises InputError without llama.cpp. The pair is opened when it is asked first."""
         mtmd_library(PURPOSE)
         self.name, self._files, self._processor = name, (model, mmproj), processor
-        self._opened: LlamaCpp | None = None
 
-    @property
+    @cached_property
     def _llama(self) -> LlamaCpp:
-        if self._opened is None:
-            self._opened = LlamaCpp(*self._files)
-        return self._opened
+        return LlamaCpp(*self._files)
 
     def close(self) -> None:
-        if self._opened is not None:
-            self._opened.close()
-            self._opened = None
+        if "_llama" in vars(self):
+            self._llama.close()
+            del self._llama
 
     def trace(self, question: CheckQuestion, first: Trace | None) -> Trace:
         if first is None:

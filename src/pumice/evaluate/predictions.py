@@ -184,13 +184,13 @@ def check(
     limited: only the first questions are scored, so answers to other questions are allowed.
     """
     total = len(matched.answered) + len(matched.missing)
+    unknown = [] if limited else matched.unknown
     checks: list[tuple[str, Sequence[Any]]] = [
         (f"{len(matched.missing)} of {total} questions have no answer", matched.missing),
+        (f"{len(unknown)} answers are to unknown questions", unknown),
         (f"{len(matched.duplicates)} answers are to a question answered before", matched.duplicates),
         (f"{len(predictions.broken)} lines are cut off or not JSON", predictions.broken),
     ]
-    if not limited:
-        checks.insert(1, (f"{len(matched.unknown)} answers are to unknown questions", matched.unknown))
     problems = [f"{text} (first: {items[0]})" for text, items in checks if items]
     if problems and not allow_missing:
         raise InputError(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pumice import __version__
-from pumice.errors import InputError, official
+from pumice.errors import CAUSE, InputError, official, wrong_input
 from pumice.evaluate.files import ImageFile
 from pumice.evaluate.metrics.bootstrap import interval_of
 from pumice.evaluate.predictions import check, match, read_predictions
@@ -91,13 +91,8 @@ def _questions(task: Task, data: Path) -> Iterator[Question]:
 def _check_texts(question: Question) -> None:
     meta = question.meta
     truths = meta["answers"] if "answers" in meta else [meta.get("answer") or ""]
-    texts = [
-        question.id,
-        question.prompt,
-        question.llava_id,
-        *(image.name for image in question.images),
-        *truths,
-    ]
+    names = [image.name for image in question.images]
+    texts = [question.id, question.prompt, question.llava_id, *names, *truths]
     category = meta.get("category", "")
     texts += [] if category is None or isinstance(category, int) else [category]
     if not_texts := [text for text in texts if not isinstance(text, str)]:
@@ -227,10 +222,9 @@ def _number(value: float | None) -> float | None:
 
 def read_result(path: Path) -> dict[str, Any]:
     """Read a result that `pumice eval --json` wrote. Raises InputError where the file holds none."""
-    try:
+    damaged = (OSError, ValueError, RecursionError)
+    with wrong_input(damaged, f"the result '{path}' cannot be read ({CAUSE}); write it with --json"):
         result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"the result '{path}' cannot be read ({error}); write it with --json") from error
     if not isinstance(result, dict) or result.get("format") != FORMAT or "headline" not in result:
         raise InputError(f"'{path}' is not a result of pumice eval, format {FORMAT}; write it with --json")
     return result

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pumice.chat_client import ChatEndpoint, ask_in_order, with_images
 from pumice.errors import CAUSE, InputError, wrong_input
 from pumice.evaluate.task import Question, Task
 from pumice.files import replacing, whole_lines
 from pumice.jsonl import ResumableFile, read_values
+
+if TYPE_CHECKING:
+    from pumice.assistant import Assistant
 
 Progress = Callable[[int, int], None]  # (answered questions, all questions)
 
@@ -33,39 +36,15 @@ class Answerer(Protocol):
         ...
 
 
-class BatchAssistant(Protocol):
-    """The part of `pumice.Assistant` that evaluation uses."""
-
-    def ask_each(
-        self, rows: Iterable[tuple[Any, str]], *, slots: int = 8, **sampling: Any
-    ) -> Iterator[str | InputError]: ...
-
-
 class LocalAnswerer:
     """Answers with a model in this process, greedily."""
 
-    def __init__(self, assistant: BatchAssistant, name: str, slots: int = 16) -> None:
+    def __init__(self, assistant: Assistant, name: str, slots: int = 16) -> None:
         self.assistant, self.name, self.slots = assistant, name, slots
 
     def answer(self, questions: Iterable[Question], max_new_tokens: int) -> Iterator[str | InputError]:
-        # One entry per question read so far: its error, or None where the model answers it.
-        errors: deque[InputError | None] = deque()
-
-        def rows() -> Iterator[tuple[Any, str]]:
-            for question in questions:
-                try:
-                    images = [image.source() for image in question.images]
-                except InputError as error:
-                    errors.append(error)
-                else:
-                    errors.append(None)
-                    yield images or None, question.prompt
-
-        for answer in self.assistant.ask_each(rows(), slots=self.slots, max_new_tokens=max_new_tokens):
-            while (error := errors.popleft()) is not None:
-                yield error
-            yield answer
-        yield from (error for error in errors if error is not None)
+        rows = _each(questions, lambda question, images: (images or None, question.prompt))
+        return self.assistant.ask_each(rows, slots=self.slots, max_new_tokens=max_new_tokens)
 
 
 def endpoint_at(url: str, model: str, parallel: int) -> ChatEndpoint:
@@ -82,19 +61,23 @@ class EndpointAnswerer:
         self.endpoint, self.name = endpoint, endpoint.model
 
     def answer(self, questions: Iterable[Question], max_new_tokens: int) -> Iterator[str | InputError]:
-        def chats() -> Iterator[dict[str, Any] | InputError]:
-            for question in questions:
-                try:
-                    images = [image.source() for image in question.images]
-                    content = with_images(question.prompt, images) if images else question.prompt
-                except InputError as error:
-                    yield error
-                else:
-                    message = {"role": "user", "content": content}
-                    yield {"messages": [message], "temperature": 0.0, "max_tokens": max_new_tokens}
+        def chat(question: Question, images: list[Any]) -> dict[str, Any]:
+            content = with_images(question.prompt, images) if images else question.prompt
+            message = {"role": "user", "content": content}
+            return {"messages": [message], "temperature": 0.0, "max_tokens": max_new_tokens}
 
-        for reply in ask_in_order(self.endpoint, chats()):
+        for reply in ask_in_order(self.endpoint, _each(questions, chat)):
             yield reply if isinstance(reply, InputError) else reply.text
+
+
+def _each(questions: Iterable[Question], make: Callable[[Question, list[Any]], Any]) -> Iterator[Any]:
+    """Yield what `make` makes of each question and its images, or why these cannot be read."""
+    for question in questions:
+        try:
+            made = make(question, [image.source() for image in question.images])
+        except InputError as error:
+            made = error
+        yield made
 
 
 def group_by_images(questions: Sequence[Question]) -> list[Question]:
@@ -104,8 +87,7 @@ def group_by_images(questions: Sequence[Question]) -> list[Question]:
     """
     by_images: dict[tuple[str, ...], list[Question]] = {}
     for question in questions:
-        key = tuple(image.name for image in question.images) or (f"\0{question.id}",)
-        by_images.setdefault(key, []).append(question)
+        by_images.setdefault(_image_names(question), []).append(question)
     return [question for group in by_images.values() for question in group]
 
 
@@ -117,16 +99,18 @@ def shard(questions: Sequence[Question], rank: int, world: int) -> list[Question
     if not 0 <= rank < world:
         raise InputError(f"there is no rank {rank} among {world} processes; check RANK and WORLD_SIZE")
     share: list[Question] = []
-    previous_key: object = None
-    owner = 0
-    for index, question in enumerate(questions):
-        key = tuple(image.name for image in question.images) or question.id
-        # The owner changes only between images, so that no image is encoded by two processes.
-        if key != previous_key:
-            owner, previous_key = index * world // len(questions), key
-        if owner == rank:
-            share.append(question)
+    index = 0
+    # The owner changes only between images, so that no image is encoded by two processes.
+    for _, group in groupby(questions, key=_image_names):
+        same_images = list(group)
+        share += same_images if index * world // len(questions) == rank else []
+        index += len(same_images)
     return share
+
+
+def _image_names(question: Question) -> tuple[str, ...]:
+    """Return the names of a question's images; of one without any, a name of its own."""
+    return tuple(image.name for image in question.images) or (f"\0{question.id}",)
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -137,23 +121,14 @@ def rank_and_world() -> tuple[int, int]:
 
 def check_images(questions: Sequence[Question], *, allow_missing: bool) -> int:
     """Return the number of missing images. Raises InputError that counts them unless `allow_missing`."""
-    checked: set[str] = set()
-    missing = 0
-    first_problem = ""
-    for question in questions:
-        for image in question.images:
-            if image.name in checked:
-                continue
-            checked.add(image.name)
-            if problem := image.problem():
-                missing += 1
-                first_problem = first_problem or problem
-    if missing and not allow_missing:
+    images = {image.name: image for question in questions for image in question.images}
+    problems = [problem for image in images.values() if (problem := image.problem())]
+    if problems and not allow_missing:
         raise InputError(
-            f"{missing} of {len(checked)} pictures are missing; the first: {first_problem}; "
+            f"{len(problems)} of {len(images)} pictures are missing; the first: {problems[0]}; "
             "or add --allow-missing, and the result is marked as partial"
         )
-    return missing
+    return len(problems)
 
 
 def run(
@@ -178,11 +153,8 @@ def run(
     max_tokens = max_new_tokens or task.max_new_tokens
     limit = None if max_tokens == task.max_new_tokens else max_tokens
     checked = partial(check_line, model=answerer.name, max_tokens=limit)
-    if (
-        world > 1
-        and path.exists()
-        and len(read_values(path, partial(checked, path, ordered))) == len(ordered)
-    ):
+    joined = read_values(path, partial(checked, path, ordered)) if world > 1 and path.exists() else ()
+    if joined and len(joined) == len(ordered):
         return rank == 0
     parts = [path if world == 1 else path.with_name(f"{path.name}.{r}-of-{world}") for r in range(world)]
     share = shard(ordered, rank, world)
@@ -203,12 +175,9 @@ def run(
             if progress is not None:
                 progress(number, len(share))
     # 3. The first process joins the parts, so that the result is the same file as of one process.
-    if world == 1:
-        return True
-    if rank != 0:
-        return False
-    _join_parts(path, parts, [shard(ordered, r, world) for r in range(world)])
-    return True
+    if world > 1 and rank == 0:
+        _join_parts(path, parts, [shard(ordered, r, world) for r in range(world)])
+    return rank == 0
 
 
 def check_line(
@@ -238,12 +207,9 @@ def check_line(
 
 def _join_parts(path: Path, parts: Sequence[Path], shares: Sequence[Sequence[Question]]) -> None:
     """Wait until every part is complete, then join them. torchrun ends all processes when one fails."""
-    while any(_count_lines(part) < len(share) for part, share in zip(parts, shares, strict=True)):
-        time.sleep(0.2)
+    for part, share in zip(parts, shares, strict=True):
+        while not part.exists() or len(whole_lines(part)) < len(share):
+            time.sleep(0.2)
     with replacing(path) as file:
         for part in parts:
             file.writelines(f"{line}\n" for line in whole_lines(part))
-
-
-def _count_lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0

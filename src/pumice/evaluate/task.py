@@ -124,7 +124,6 @@ class Task(ABC):
     lower_is_better: ClassVar[bool] = False  # of the headline; in Score.values higher is always better
     source: ClassVar[DatasetSource]  # that of benchmarks.yaml if the class has none
     max_new_tokens: ClassVar[int] = 128
-    judged: ClassVar[bool] = False  # whether a language model grades the answers
     has_boxes: ClassVar[bool] = False  # whether answers may hold boxes, which models write in several forms
     splits: ClassVar[tuple[str, ...]]  # first: the published split that has public answers
 
@@ -201,13 +200,18 @@ def mean_score(
 
 
 def scores_by_category(
-    answered: Sequence[Answered], values: Sequence[float], key: str
+    answered: Sequence[Answered], values: Sequence[float | None], key: str
 ) -> dict[str, CategoryScore]:
-    """Return the mean of `values` in percent for each meta[key], in order of appearance."""
+    """Return the mean of `values` in percent for each meta[key], in order of appearance.
+
+    meta[key] may be a list of several. An answer without a value counts in none.
+    """
     values_by_name: dict[str, list[float]] = {}
     for (question, _), value in zip(answered, values, strict=True):
-        if (name := question.meta.get(key)) is not None:
-            values_by_name.setdefault(str(name), []).append(value)
+        names = question.meta.get(key)
+        for name in names if isinstance(names, list) else [names]:
+            if name is not None and value is not None:
+                values_by_name.setdefault(str(name), []).append(value)
     return {
         name: CategoryScore(100 * sum(scores) / len(scores), len(scores))
         for name, scores in values_by_name.items()
@@ -223,6 +227,13 @@ def options_note(answered: Sequence[Answered]) -> list[str]:
         f'{count} questions have an option such as "None", which is shown here; scripts that read the '
         "table with pandas hide it, so their numbers differ"
     ]
+
+
+def add_unread(score: Score, count: int, outcome: str) -> None:
+    """Add how many answers no rule reads, as a metric and in a note. outcome: "count as wrong", say."""
+    score.metrics["unread"] = score.metrics.get("unread", 0.0) + count
+    if count:
+        score.notes.append(f"{count} answers {outcome}")
 
 
 def mean_percent(values: Sequence[float]) -> float:

@@ -117,21 +117,12 @@ def explain(
     ]
     count = sum(tokens for _, _, tokens in image_boxes)
     if not answer.strip():
-        no_attention = np.zeros((0, config.decoder.depth, config.decoder.heads, count), np.float32)
-        no_weights = np.zeros((0, count), np.float32)
-        no_reliance = Reliance(*(np.zeros(0, np.float32) for _ in range(4)))
-        maps = _maps(image_boxes, no_weights, [None] * len(image_boxes))
+        attention = np.zeros((0, config.decoder.depth, config.decoder.heads, count), np.float32)
+        weights = {method: np.zeros((0, count), np.float32)}
+        reliance = Reliance(*(np.zeros(0, np.float32) for _ in range(4)))
+        maps = _maps(image_boxes, weights[method], [None] * len(image_boxes))
         return Explanation(
-            question,
-            "",
-            (),
-            method,
-            tuple(used),
-            maps,
-            no_reliance,
-            no_weights,
-            no_attention,
-            {method: no_weights},
+            question, "", (), method, tuple(used), maps, reliance, weights[method], attention, weights
         )
 
     # 2. Run the answer and its baselines: with grey images of several kinds, and without images.

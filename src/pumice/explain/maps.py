@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pumice.capability import Capability, fields
+from pumice.capability import IMAGE, Capability, fields
 from pumice.config import ConnectorConfig, ImagePolicy, ModelConfig
 from pumice.geometry import Axis, Layout, Size, first_tile_placement, placement
 
@@ -22,9 +22,7 @@ from pumice.geometry import Axis, Layout, Size, first_tile_placement, placement
 CAPABILITY = Capability(
     "the map of a picture's tokens",
     {
-        ImagePolicy: fields(
-            "mode mean std resample pad_color pinpoints unpad max_tiles several longest_edge enlarge"
-        ),
+        ImagePolicy: fields(IMAGE),
         # Their token n stands for the n-th block of features; that of another reduction may not.
         ConnectorConfig: fields("kind factor bias", reduce=("none", "average", "pixel_shuffle")),
     },

@@ -99,11 +99,7 @@ def choose_layers(method: Method, depth: int, requested: Sequence[int] | None) -
         raise InputError(
             f"the method {method.title!r} goes through all layers; leave out the choice of layers"
         )
-    if (
-        isinstance(requested, str)
-        or not isinstance(requested, Sequence)
-        or {type(n) for n in requested} - {int}
-    ):
+    if not isinstance(requested, Sequence) or {type(n) for n in requested} - {int}:
         raise InputError(
             f"the layers are {requested!r}; give numbers from 0, such as [3, 4] or range(12, 24)"
         )

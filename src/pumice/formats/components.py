@@ -59,8 +59,7 @@ def open_llm(source: Source) -> LanguageModel:
     kind = recognise(path)
     if kind is FormatKind.GGUF:
         model = open_gguf(language_file(path))
-        text = TextSide(model.text, model.stop_ids)
-        return LanguageModel(model.config, model.state, text, path, _wheel(source))
+        return LanguageModel(model.config, model.state, model.text, path, _wheel(source))
     if kind is not FormatKind.LLM:
         raise InputError(f"{path} is {kind.value}, not a language model")
     keys = Keys.of(path / "config.json")

@@ -85,8 +85,7 @@ def export(
     folder appears complete or not at all.
     """
     # 1. Refuse before anything is written.
-    if to not in REFUSALS:
-        raise InputError(f"there is no format {to!r} to export to; use one of {', '.join(FORMATS)}")
+    check_known(to, FORMATS, f"there is no format {to!r} to export to")
     check_known(dtype, DTYPES, f"there is no type {dtype!r} to store")
     in_gguf = to in ("gguf", "ollama")
     if in_gguf and dtype != "keep":

@@ -12,48 +12,37 @@ from collections.abc import Container, Mapping
 from typing import NamedTuple
 
 from pumice.config import DecoderConfig, ModelConfig, VisionConfig
-from pumice.errors import InputError
+from pumice.errors import InputError, some
 from pumice.formats.derived import Derived, position_numbers, rotary_frequencies
 from pumice.storage.tensors import LazyStateDict, check_same
 
 Target = str | Derived | None
 Table = dict[str, Target]  # name in the source -> name in pumice.model
 
-# Hugging Face's Llama, Mistral, Qwen2 and Qwen3: what stands outside the blocks, and the layers of a block.
+# What stands outside a decoder's blocks: in Hugging Face's Llama, Mistral, Qwen2 and Qwen3, and in GGUF.
 _HF_ENDS = {"model.embed_tokens.weight": "embed.weight", "model.norm.weight": "norm.weight"}
-_HF_BLOCK = {
-    "input_layernorm": "attention_norm",
-    "self_attn.q_proj": "attention.q",
-    "self_attn.k_proj": "attention.k",
-    "self_attn.v_proj": "attention.v",
-    "self_attn.o_proj": "attention.o",
-    "self_attn.q_norm": "attention.q_norm",
-    "self_attn.k_norm": "attention.k_norm",
-    "post_attention_layernorm": "mlp_norm",
-    "mlp.gate_proj": "mlp.gate",
-    "mlp.up_proj": "mlp.up",
-    "mlp.down_proj": "mlp.down",
-}
+_GGUF_ENDS = {"token_embd.weight": "embed.weight", "output_norm.weight": "norm.weight"}
+# The layers of a decoder's block: our name, Hugging Face's, and GGUF's.
+_DECODER_LAYERS = (
+    ("attention_norm", "input_layernorm", "attn_norm"),
+    ("attention.q", "self_attn.q_proj", "attn_q"),
+    ("attention.k", "self_attn.k_proj", "attn_k"),
+    ("attention.v", "self_attn.v_proj", "attn_v"),
+    ("attention.o", "self_attn.o_proj", "attn_output"),
+    ("attention.q_norm", "self_attn.q_norm", "attn_q_norm"),
+    ("attention.k_norm", "self_attn.k_norm", "attn_k_norm"),
+    ("mlp_norm", "post_attention_layernorm", "ffn_norm"),
+    ("mlp.gate", "mlp.gate_proj", "ffn_gate"),
+    ("mlp.up", "mlp.up_proj", "ffn_up"),
+    ("mlp.down", "mlp.down_proj", "ffn_down"),
+)
+_HF_BLOCK = {theirs: ours for ours, theirs, _ in _DECODER_LAYERS}
+_GGUF_BLOCK = {theirs: ours for ours, _, theirs in _DECODER_LAYERS}
 # With four norms a block (Gemma 2), the same name stands for another one.
 _HF_POST_NORMS = {
     "post_attention_layernorm": "attention_post_norm",
     "pre_feedforward_layernorm": "mlp_norm",
     "post_feedforward_layernorm": "mlp_post_norm",
-}
-# The same in llama.cpp's GGUF files.
-_GGUF_ENDS = {"token_embd.weight": "embed.weight", "output_norm.weight": "norm.weight"}
-_GGUF_BLOCK = {
-    "attn_norm": "attention_norm",
-    "attn_q": "attention.q",
-    "attn_k": "attention.k",
-    "attn_v": "attention.v",
-    "attn_output": "attention.o",
-    "attn_q_norm": "attention.q_norm",
-    "attn_k_norm": "attention.k_norm",
-    "ffn_norm": "mlp_norm",
-    "ffn_gate": "mlp.gate",
-    "ffn_up": "mlp.up",
-    "ffn_down": "mlp.down",
 }
 
 
@@ -300,12 +289,6 @@ def inverse(table: Table) -> dict[str, str]:
     return names
 
 
-def some(names: list[str], limit: int = 5) -> str:
-    """Return the first few names, and how many more there are, for a message."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
 def _decoder(
     config: DecoderConfig, top_level: Mapping[str, str], prefix: str, block: Mapping[str, str], head: str
 ) -> Table:
@@ -328,16 +311,17 @@ _VIT_ENDS: Table = {
     "post_layernorm.weight": "post_norm.weight",
     "post_layernorm.bias": "post_norm.bias",
 }
-_VIT_BLOCK = {
-    "layer_norm1": "attention_norm",
-    "self_attn.q_proj": "attention.q",
-    "self_attn.k_proj": "attention.k",
-    "self_attn.v_proj": "attention.v",
-    "self_attn.out_proj": "attention.o",
-    "layer_norm2": "mlp_norm",
-    "mlp.fc1": "mlp.up",
-    "mlp.fc2": "mlp.down",
-}
+# The layers of a tower's block: our name, Hugging Face's, and GGUF's.
+_TOWER_LAYERS = (
+    ("attention_norm", "layer_norm1", "ln1"),
+    ("attention.q", "self_attn.q_proj", "attn_q"),
+    ("attention.k", "self_attn.k_proj", "attn_k"),
+    ("attention.v", "self_attn.v_proj", "attn_v"),
+    ("attention.o", "self_attn.out_proj", "attn_out"),
+    ("mlp_norm", "layer_norm2", "ln2"),
+    ("mlp.up", "mlp.fc1", "ffn_up"),
+    ("mlp.down", "mlp.fc2", "ffn_down"),
+)
 _SIGLIP_HEAD = ("attention.out_proj", "layernorm", "mlp.fc1", "mlp.fc2")
 
 
@@ -364,7 +348,7 @@ def siglip_tower(config: VisionConfig) -> Table:
 
 def _vit(config: VisionConfig) -> Table:
     patterns = _VIT_ENDS | {"embeddings.position_ids": position_numbers(config)}  # in old checkpoints
-    for source_layer, layer in _VIT_BLOCK.items():
+    for layer, source_layer, _ in _TOWER_LAYERS:
         for part in ("weight", "bias"):
             patterns[f"encoder.layers.{{i}}.{source_layer}.{part}"] = f"blocks.{{i}}.{layer}.{part}"
     return expand(patterns, config.depth)
@@ -383,16 +367,6 @@ _GGUF_TOWER_ENDS = {
     "mm.2.weight": "connector.layers.2.weight",
     "mm.2.bias": "connector.layers.2.bias",
 }
-_GGUF_TOWER_BLOCK = {
-    "ln1": "attention_norm",
-    "attn_q": "attention.q",
-    "attn_k": "attention.k",
-    "attn_v": "attention.v",
-    "attn_out": "attention.o",
-    "ln2": "mlp_norm",
-    "ffn_up": "mlp.up",
-    "ffn_down": "mlp.down",
-}
 
 
 def gguf_tower(config: VisionConfig, *, swapped: bool = False) -> Table:
@@ -407,7 +381,7 @@ def gguf_tower(config: VisionConfig, *, swapped: bool = False) -> Table:
     if config.kind == "siglip":
         patterns = {name: param for name, param in patterns.items() if not name.startswith("v.pre_ln")}
     swap = {"mlp.up": "mlp.down", "mlp.down": "mlp.up"} if swapped else {}
-    for source_layer, layer in _GGUF_TOWER_BLOCK.items():
+    for layer, _, source_layer in _TOWER_LAYERS:
         layer = swap.get(layer, layer)
         for part in ("weight", "bias"):
             patterns[f"v.blk.{{i}}.{source_layer}.{part}"] = f"tower.blocks.{{i}}.{layer}.{part}"

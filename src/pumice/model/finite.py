@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pumice.errors import WorkError
+from pumice.errors import WorkError, some
 from pumice.model.quantized import PackedEmbedding, PackedLinear
-
-_NAMED = 3  # weights in a message
 
 
 def check_finite(model: nn.Module, values: Tensor) -> None:
@@ -41,5 +39,4 @@ def why_not_finite(model: nn.Module) -> str:
             remedy = "float16 is too narrow for it; open it in float32 or bfloat16"
             return f"{what}, although its weights are: {remedy}"
         return f"{what}, although its weights are; get the model again"
-    more = f" and {len(spoiled) - _NAMED} more" if len(spoiled) > _NAMED else ""
-    return f"{what}, as its weights {', '.join(spoiled[:_NAMED])}{more} hold nan or inf; get the model again"
+    return f"{what}, as its weights {some(spoiled, 3)} hold nan or inf; get the model again"

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pumice.config import VisionConfig
-from pumice.errors import InputError
+from pumice.errors import InputError, check_known
 from pumice.kernels.attention import attend_tiles
 from pumice.kernels.compute import can_multiply, mlp
 from pumice.model.layers import edited, gelu_tanh, sdpa
@@ -198,12 +198,9 @@ def resize_positions(positions: Tensor, old_grid: int, new_grid: int, class_toke
 
 def _blocks_to_run(config: VisionConfig) -> int:
     """Count the blocks before the chosen hidden state. Raise InputError if the config describes no ViT."""
-    if config.select not in SELECTS[config.kind]:
-        allowed = " or ".join(SELECTS[config.kind])
-        raise InputError(f"a {config.kind} tower cannot select {config.select!r} features; use {allowed}")
-    if config.activation not in ACTIVATIONS:
-        allowed = ", ".join(ACTIVATIONS)
-        raise InputError(f"the tower's activation {config.activation!r} is unknown; use one of {allowed}")
+    features = f"a {config.kind} tower cannot select {config.select!r} features"
+    check_known(config.select, SELECTS[config.kind], features)
+    check_known(config.activation, ACTIVATIONS, f"the tower's activation {config.activation!r} is unknown")
     if config.heads < 1 or config.width % config.heads:
         raise InputError(f"the tower's width {config.width} cannot be shared by {config.heads} heads evenly")
     # The states are the input of the first block and the output of each block.

@@ -201,9 +201,8 @@ class ChatForm(OpenAiForm):
         message = AnswerMessage(role="assistant", content=answer.text, refusal=None)
         if answer.name:
             function = ToolFunction(name=answer.name, arguments=answer.arguments)
-            call = ToolCall(id=answer.call_id, type="function", function=function)
-            text = answer.text or None
-            message = AnswerMessage(role="assistant", content=text, refusal=None, tool_calls=[call])
+            message.content = answer.text or None
+            message.tool_calls = [ToolCall(id=answer.call_id, type="function", function=function)]
         return ChatChoice(
             index=answer.index,
             message=message,

@@ -18,9 +18,10 @@ from starlette.routing import Route
 
 from pumice import __version__
 from pumice.assistant import most_pictures
+from pumice.errors import cut
 from pumice.serve.answers import ModelResponse
 from pumice.serve.backend import Backend
-from pumice.serve.errors import ApiError, cut, unknown_model
+from pumice.serve.errors import ApiError, unknown_model
 from pumice.serve.guard import Gate, Guard, too_large
 from pumice.serve.metrics import CONTENT_TYPE
 from pumice.serve.observe import Observe, RequestRecord, request_record

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from starlette.responses import Response
 
 from pumice.conversation import Conversation, Video
-from pumice.engine.grammar_check import GrammarCheck, refused
+from pumice.engine.grammar_check import check_grammars, refused
 from pumice.engine.requests import Prompt, check_room
 from pumice.engine.sampling import SamplingParams
 from pumice.errors import ContextOverflow, InputError, shorten
@@ -63,6 +63,8 @@ if TYPE_CHECKING:
     from pumice.engine.constraint import Grammar
 
 T = TypeVar("T", bound=BaseRequest)
+# Requests of other protocols, which become one for a chat.
+Translated = ResponsesRequest | AnthropicRequest | OllamaChatRequest | OllamaGenerateRequest
 Pictures = dict[str, bytes | Video]  # field name -> file, or frames of a video
 
 LONG_BODY = 1 << 15  # bytes; parsing a longer body would block the event loop for too long
@@ -116,40 +118,38 @@ class Backend:
         request = await self._parse(ResponsesRequest, body)
         request = self._stored.filled(record.key, request, record.memory)
         form = ResponsesForm(self._model(request), request, self._stored, record.key)
-        chat = await self._workers.run("parse", _as_chat, request, "input")
-        return await self._converse(record, chat, form, "input")
+        return await self._converse(record, request, form, "input")
 
     async def message(self, record: RequestRecord, body: bytes) -> Response:
         request = await self._parse(AnthropicRequest, body)
         form = AnthropicForm(self._model(request), request)
-        chat = await self._workers.run("parse", _as_chat, request, "messages")
-        return await self._converse(record, chat, form, "messages")
+        return await self._converse(record, request, form, "messages")
 
     async def ollama_chat(self, record: RequestRecord, body: bytes) -> Response:
-        return await self._ollama(record, await self._parse(OllamaChatRequest, body), is_chat=True)
+        return await self._ollama(record, await self._parse(OllamaChatRequest, body), "messages")
 
     async def ollama_generate(self, record: RequestRecord, body: bytes) -> Response:
-        return await self._ollama(record, await self._parse(OllamaGenerateRequest, body), is_chat=False)
+        return await self._ollama(record, await self._parse(OllamaGenerateRequest, body), "prompt")
 
     async def _ollama(
-        self, record: RequestRecord, request: OllamaChatRequest | OllamaGenerateRequest, *, is_chat: bool
+        self, record: RequestRecord, request: OllamaChatRequest | OllamaGenerateRequest, field: str
     ) -> Response:
-        form = OllamaForm(self._model(request), is_chat)
+        form = OllamaForm(self._model(request), is_chat=field == "messages")
         if request.loads_only:
             return ModelResponse(form.loaded())
-        field = "messages" if is_chat else "prompt"
-        chat = await self._workers.run("parse", _as_chat, request, field)
-        return await self._converse(record, chat, form, field)
+        return await self._converse(record, request, form, field)
 
     async def ollama_show(self, _: RequestRecord, body: bytes) -> Response:
         await self._parse(OllamaShowRequest, body)
         return ModelResponse(self.ollama_card.show())
 
     async def _converse(
-        self, record: RequestRecord, request: ChatRequest, form: AnswerForm, field: str | None = None
+        self, record: RequestRecord, request: ChatRequest | Translated, form: AnswerForm, field: str = ""
     ) -> Response:
         """Answer a conversation. field: where a request of another protocol has it."""
-        # 1. Check what needs no work.
+        # 1. Translate the request to the chat's protocol, and check what needs no work.
+        if not isinstance(request, ChatRequest):
+            request = await self._workers.run("parse", _as_chat, request, field)
         check_tools(request, field)
         template = self.assistant.processor.template
         tools = tool_use(request, None if isinstance(template, Plain) else template.chat.tools)
@@ -184,28 +184,22 @@ class Backend:
             sampling["logprobs"] = request.logprobs
             sampling["prompt_logprobs"] = request.logprobs if request.echo else None
         constraint = await self._compile(await self._workers.run("parse", held_to, request))
+        scored, usage = request.logprobs is not None, request.include_usage_in_stream
+        form = CompletionForm(self._model(request), scored, usage, request.max_tokens == 0)
+        prompts: list[Prompt] = []
+        readers: list[PieceReader] = []
         async with self._input_errors("prompt"):
-            single = [
-                await self._workers.run(
-                    kind_of(len(prompt)), self._text_prompt, prompt, request.add_special_tokens, sampling
-                )
-                for prompt in request.prompts
-            ]
-            prompts = [
-                one for prompt in single for one in _several(replace(prompt, constraint=constraint), count)
-            ]
-            decode = self.assistant.processor.tokenizer.decode
-            echoes = [
-                text if isinstance(text, str) else await self._workers.run("long", decode, text)
-                for text in (request.prompts if request.echo else ())
-            ]
-            scored, usage = request.logprobs is not None, request.include_usage_in_stream
-            form = CompletionForm(self._model(request), scored, usage, request.max_tokens == 0)
-            readers: list[PieceReader] = [as_text] * len(prompts)
-            if request.echo:
-                texts = [text for text in echoes for _ in range(count)]
-                sizes = [len(prompt.input_ids) for prompt in prompts]
-                readers = [Echo(*echoed, form.only_prompts) for echoed in zip(texts, sizes, strict=True)]
+            for text in request.prompts:
+                kind, special = kind_of(len(text)), request.add_special_tokens
+                prompt = await self._workers.run(kind, self._text_prompt, text, special, sampling)
+                prompts += _several(replace(prompt, constraint=constraint), count)
+                if not request.echo:
+                    readers += [as_text] * count
+                    continue
+                if not isinstance(text, str):
+                    decode = self.assistant.processor.tokenizer.decode
+                    text = await self._workers.run("long", decode, text)
+                readers += [Echo(text, len(prompt.input_ids), form.only_prompts) for _ in range(count)]
             return await self._answer(record, request, prompts, readers, form)
 
     async def boxes(self, record: RequestRecord, body: bytes) -> Response:
@@ -318,11 +312,8 @@ class Backend:
         new = [one for one in wanted if one is first[one.grammar] and one.grammar not in self._grammars]
         if new:
             # 1. A process compiles them first. It ends when nobody waits for it any more.
-            check = GrammarCheck([one.grammar for one in new])
-            try:
-                reasons = await self._workers.run("schemas", check.run)
-            finally:
-                check.stop()
+            grammars = [one.grammar for one in new]
+            reasons = await self._workers.run("schemas", check_grammars, grammars)
             # 2. What it could compile, this process can.
             for one, reason in zip(new, reasons, strict=True):
                 async with self._input_errors(one.field, code=one.code):
@@ -415,9 +406,7 @@ class Backend:
             raise
 
 
-def _as_chat(
-    request: ResponsesRequest | AnthropicRequest | OllamaChatRequest | OllamaGenerateRequest, field: str
-) -> ChatRequest:
+def _as_chat(request: Translated, field: str) -> ChatRequest:
     """Return a request of another protocol as one for a chat. field: where it has the conversation."""
     try:
         return request.chat()

@@ -42,6 +42,5 @@ def boxes_in(config: ModelConfig, request: BoxesRequest) -> BoxesBody:
     for found in box_map(config, (width, height), request.pictures).find(request.text):
         inside = found.box.meet(Box(0, 0, width, height))
         if inside.right >= inside.left and inside.bottom >= inside.top:
-            left, top, right, bottom = inside.scaled(1 / width, 1 / height).corners
-            boxes.append(AnswerBox(label=found.label, left=left, top=top, right=right, bottom=bottom))
+            boxes.append(AnswerBox(label=found.label, **vars(inside.scaled(1 / width, 1 / height))))
     return BoxesBody(boxes=boxes)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 
 from pydantic import BaseModel, ValidationError
 
-from pumice.errors import ContextOverflow, shorten
+from pumice.errors import ContextOverflow, cut, near, shorten
 from pumice.serve.answers import ModelResponse
 from pumice.serve.anthropic import AnthropicError
 from pumice.serve.ollama import OllamaError
@@ -50,8 +49,7 @@ TYPES = {
 }
 
 
-LONGEST_VALUE = 200  # characters of what a client sent that come back to it, and go to the log
-LONGEST_MESSAGE = 1000  # characters of an error, several such values included
+LONGEST_MESSAGE = 1000  # characters of an error, what the client sent included
 
 
 class ApiError(Exception):
@@ -97,11 +95,6 @@ def invalid(param: str | None, message: str, code: str | None = None) -> ApiErro
     return ApiError(400, message, param=param, code=code)
 
 
-def cut(text: str, characters: int = LONGEST_VALUE) -> str:
-    """Return a text that a client may have sent as it comes back to it: shortened."""
-    return text if len(text) <= characters else f"{text[:characters]}... ({len(text)} characters)"
-
-
 def busy(what: str, seconds: int, code: str = "queue_full", **headers: str) -> ApiError:
     """Return the error of a server that has too much to do. seconds: until it may have time."""
     return ApiError(
@@ -144,8 +137,8 @@ def validation_error(error: ValidationError, known: Collection[str] = ()) -> Api
     if context.get("expected") in ("False", "''") or context.get("max_length") == 0:  # only absent is right
         return invalid(param, f"{param} is not supported; leave it out", "unsupported_value")
     if code == "extra_forbidden":
-        near = difflib.get_close_matches(path[0], known, n=1, cutoff=NEAR) if len(path) == 1 else ()
-        remedy = f"did you mean '{near[0]}'?" if near else "leave it out"
+        meant = near(path[0], known, NEAR) if len(path) == 1 else None
+        remedy = f"did you mean '{meant}'?" if meant else "leave it out"
         return invalid(param, f"unknown field '{param}'; {remedy}", "unknown_field")
     if code == "missing":
         hint = f" or null; give {content}" if path[-1] == "content" else ""

@@ -16,6 +16,7 @@ from typing import Any
 import anyio
 import httpx
 
+from pumice.errors import shorten
 from pumice.serve.errors import ApiError, invalid
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -80,7 +81,7 @@ class Fetcher:
         """
 
         def url_error(reason: str) -> ApiError:
-            return invalid(param, f"the picture {_short(url)} {reason}", "invalid_image_url")
+            return invalid(param, f"the picture {shorten(url, 80)} {reason}", "invalid_image_url")
 
         try:
             with anyio.fail_after(self._seconds):
@@ -135,7 +136,3 @@ class Fetcher:
             if not self._permitted(ipaddress.ip_address(text.partition("%")[0])):
                 raise url_error("is not on the public internet; send it as a data URI")
         return addresses[0]
-
-
-def _short(url: str) -> str:
-    return repr(url if len(url) <= 80 else f"{url[:77]}...")

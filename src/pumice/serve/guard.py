@@ -105,23 +105,22 @@ class Guard:
             await self.app(scope, receive, send)
             return
         # 1. Check the headers. The cheapest check comes first, and no body is read before all of them pass.
-        headers = Headers(scope=scope)
+        headers, record = Headers(scope=scope), request_record(Request(scope))
         needs_slot = scope["method"] == "POST" and scope["path"] in ANSWER_PATHS
         try:
             self._check_connections()
             self._check_host(headers)
-            request_record(Request(scope)).key = self._check_key(scope["path"], headers)
+            record.key = self._check_key(scope["path"], headers)
             if needs_slot:
                 self._admit(headers)
         except ApiError as error:
-            request_record(Request(scope)).add_error(error)
+            record.add_error(error)
             await error.response(scope["path"])(scope, receive, send)
             return
         # 2. Let it pass.
         if not needs_slot:
             await self.app(scope, receive, send)
             return
-        record = request_record(Request(scope))
         record.memory = Account(self._memory)
         with (
             contextlib.closing(record.memory),

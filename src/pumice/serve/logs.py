@@ -55,12 +55,9 @@ class JsonFormatter(logging.Formatter):
 class TextFormatter(logging.Formatter):
     """A time, the message and `name=value` pairs. Times are local."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        fields = getattr(record, "fields", {})
-        field_text = " ".join(f"{key}={value}" for key, value in fields.items())
-        line = (
-            f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.getMessage()} {field_text}"
-        )
-        if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
-        return line.rstrip()
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        fields = getattr(record, "fields", {}).items()
+        return " ".join([super().formatMessage(record), *(f"{key}={value}" for key, value in fields)])

@@ -69,9 +69,8 @@ NEEDS_ANOTHER = frozenset(
         "xtc_threshold",
     }
 )
-NEVER_EMPTY = frozenset(
-    {"messages", "content", "prompt", "input", "output"}
-)  # an empty one is wrong, not absent
+# An empty one is wrong, not absent.
+NEVER_EMPTY = frozenset({"messages", "content", "prompt", "input", "output"})
 
 
 class RequestModel(BaseModel):

@@ -18,8 +18,8 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pumice.errors import WorkError
-from pumice.serve.errors import ApiError, cut
+from pumice.errors import WorkError, cut
+from pumice.serve.errors import ApiError
 from pumice.serve.logs import request_line
 from pumice.serve.metrics import Metrics
 from pumice.serve.work import Account, Memory

@@ -215,6 +215,7 @@ class ResponsesForm(AnswerForm):
         request = self._request
         text = request.text or TextSettings(format=TextFormat(type="text"))
         choice = request.tool_choice or "auto"
+        same = {"instructions", "max_output_tokens", "temperature", "top_p"}
         return ResponsesAnswer(
             id=self._id,
             created_at=self._created,
@@ -223,19 +224,16 @@ class ResponsesForm(AnswerForm):
             incomplete_details=IncompleteDetails(reason="max_output_tokens")
             if self._status == "incomplete"
             else None,
-            instructions=request.instructions,
-            max_output_tokens=request.max_output_tokens,
             metadata=request.metadata or {},
             model=self._model,
             output=self._output,
             previous_response_id=None,
             store=self._stored is not None,
-            temperature=request.temperature,
             text=text.model_dump(by_alias=True, exclude_none=True),
             tool_choice=choice if isinstance(choice, str) else choice.model_dump(),
             tools=[tool.model_dump() for tool in request.tools or ()],
-            top_p=request.top_p,
             usage=None if usage is None else _usage(usage),
+            **request.model_dump(include=same),
         )
 
 

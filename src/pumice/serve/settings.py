@@ -11,7 +11,7 @@ from typing import Annotated
 
 from typer import Option
 
-from pumice.errors import InputError
+from pumice.errors import InputError, check_known
 
 KEYS = "PUMICE_API_KEY"  # environment variable: one key, or several separated by commas
 SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
@@ -92,10 +92,9 @@ class ServerSettings:
         for origin in self.cors:
             if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
                 raise InputError(f"the CORS origin {origin!r} is not valid; write https://HOST or '*'")
-        if self.log not in ("auto", "json", "text"):
-            raise InputError(f"--log is {self.log!r}; use json, text or auto")
-        if self.log_level not in ("debug", "info", "warning", "error"):
-            raise InputError(f"--log-level is {self.log_level!r}; use debug, info, warning or error")
+        check_known(self.log, ("json", "text", "auto"), f"--log is {self.log!r}")
+        levels = ("debug", "info", "warning", "error")
+        check_known(self.log_level, levels, f"--log-level is {self.log_level!r}")
         return self
 
     @property

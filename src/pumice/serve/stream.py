@@ -178,12 +178,12 @@ class ActiveRequest:
             yield await self.next()
 
     def usage(self) -> Usage:
-        counts = self._counts()
+        prompt, cached, completion = self._counts().values()
         return Usage(
-            prompt_tokens=counts["prompt_tokens"],
-            completion_tokens=counts["completion_tokens"],
-            total_tokens=counts["prompt_tokens"] + counts["completion_tokens"],
-            prompt_tokens_details=PromptDetails(cached_tokens=counts["cached_tokens"]),
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptDetails(cached_tokens=cached),
         )
 
     def end(self) -> None:

@@ -32,7 +32,7 @@ _OPEN, CLOSE = CALL[0].strip(), CALL[1].strip()
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
-def check_tools(request: ChatRequest, field: str | None = None) -> None:
+def check_tools(request: ChatRequest, field: str = "") -> None:
     """Raise ApiError for two tools of one name, and for a tool's message without a call.
 
     field: where a request of another protocol has the messages.

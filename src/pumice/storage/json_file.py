@@ -22,21 +22,18 @@ def read_text(path: Path, lacking: str = "the folder is not whole") -> str:
 
 def read_bytes(path: Path, lacking: str = "the folder is not whole") -> bytes:
     """Read the bytes of a file. lacking: for the error message, what it means that the file is missing."""
-    try:
+    with (
+        wrong_input(OSError, f"{path} cannot be read: {CAUSE}"),
+        wrong_input(FileNotFoundError, f"{path} is missing; {lacking}"),
+    ):
         return path.read_bytes()
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is missing; {lacking}") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
 
 
 def read_json(path: Path, lacking: str = "the folder is not whole") -> dict[str, Any]:
     """Read a file's JSON object. Raises InputError if the file is missing, or holds something else."""
     text = read_text(path, lacking).removeprefix("\ufeff")  # which editors on Windows write
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:  # also a number of more than 4,300 digits
-        raise InputError(f"{path} is not JSON: {error}") from error
+    with wrong_input((ValueError, RecursionError), f"{path} is not JSON: {CAUSE}"):
+        values = json.loads(text)  # a number of more than 4,300 digits is a ValueError, too
     if not isinstance(values, dict):
         raise InputError(f"{path} should hold a JSON object, not a {type(values).__name__}")
     return values

@@ -11,6 +11,7 @@ import math
 import pickle
 import struct
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from pumice.errors import InputError, WorkError
 from pumice.kernels.packed import BlockFormat, PackedMatrix
-from pumice.storage.json_file import Keys
+from pumice.storage.json_file import Keys, write_json
 
 SHARD_BYTES = 5 * 10**9
 MAPPED_BYTES = 2**28  # of a file whose tensors are read once each: it is closed after so many
@@ -120,14 +121,10 @@ def check_same(first: LazyTensor, second: LazyTensor, label: str, hint: str = ""
 
 
 def find_weights(folder: Path, stem: str = "") -> list[Path]:
-    """Return [the file of a folder's weights], or [the index of its shards]; [] if there is none.
+    """Return the files of a folder's weights, or the indices of their shards; first the one to read.
 
     stem: how the file names begin; `model`, then `pytorch_model`, by default.
     """
-    return _all_weights(folder, stem)[:1]
-
-
-def _all_weights(folder: Path, stem: str) -> list[Path]:
     # Safetensors come first, because they are read without unpickling. An index comes before a single file of
     # the same kind, which may be a shard that was left over.
     endings = (".safetensors.index.json", ".safetensors", ".bin.index.json", ".bin")
@@ -141,7 +138,7 @@ def open_weights(folder: Path, stem: str = "") -> LazyStateDict:
 
     Raises InputError if there are none, a file is damaged, or the folder holds two versions that differ.
     """
-    weight_files = _all_weights(folder, stem)
+    weight_files = find_weights(folder, stem)
     if not weight_files:
         loose = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
         hint = f"; {loose[0]} is there, but no index that names it" if loose else ""
@@ -303,7 +300,9 @@ class _Bin(_File):
             with warnings.catch_warnings():
                 # torch warns about how the pickle was written; the user cannot change that.
                 warnings.simplefilter("ignore", UserWarning)
-                state = self._load()
+                # Files written before PyTorch 1.6 are no zips, and cannot be mapped.
+                self.is_mapped = zipfile.is_zipfile(self.path)
+                state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.is_mapped)
         except pickle.UnpicklingError as error:
             problem = "refused: it is damaged, or holds more than tensors, and code in it is never run"
             raise self._unreadable(error, problem) from error
@@ -312,16 +311,6 @@ class _Bin(_File):
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise InputError(f"{self.path} does not hold named tensors, so it is no checkpoint")
         return state
-
-    def _load(self) -> Any:
-        try:
-            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            # Files written before PyTorch 1.6 cannot be mapped.
-            self.is_mapped = False
-            return torch.load(self.path, map_location="cpu", weights_only=True)
 
     def _shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         tensor = self.handle()[name]
@@ -359,9 +348,7 @@ def write_weights(
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.size for tensor in state.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / f"{stem}.safetensors.index.json").write_text(
-        json.dumps(index, indent=2) + "\n", encoding="utf-8"
-    )
+    write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
 def check_written(name: str, tensor: LazyTensor, value: Tensor, remedy: str) -> None:

@@ -159,10 +159,7 @@ def unsupported(draft: Draft) -> list[str]:
 
 
 def _kind(draft: Draft, _: CheckSettings) -> str | None:
-    for check in draft.kind.checks:
-        if wrong := check(draft):
-            return wrong
-    return None
+    return next(filter(None, (check(draft) for check in draft.kind.checks)), None)
 
 
 def _language(draft: Draft, settings: CheckSettings) -> str | None:

@@ -45,18 +45,14 @@ class Context:
 
         Corners have three decimals. Of many captions or boxes the first and the largest are written.
         """
-        parts = []
-        if self.captions:
-            parts.append("\n".join(self.captions[:MOST_CAPTIONS]))
-        if boxes and self.boxes:
-            large = sorted(self.boxes, key=lambda box: -box.area)[:MOST_BOXES]
-            kept_boxes = [box for box in self.boxes if box in large]
-            parts.append(
-                "\n".join(f"{b.category}: [{', '.join(f'{v:.3f}' for v in b.corners)}]" for b in kept_boxes)
-            )
-        if self.text:
-            parts.append(self.text)
-        return "\n\n".join(parts)
+        large = sorted(self.boxes, key=lambda box: -box.area)[:MOST_BOXES]
+        places = [
+            f"{box.category}: [{', '.join(f'{v:.3f}' for v in box.corners)}]"
+            for box in self.boxes
+            if boxes and box in large
+        ]
+        parts = ("\n".join(self.captions[:MOST_CAPTIONS]), "\n".join(places), self.text)
+        return "\n\n".join(filter(None, parts))
 
 
 class BadAnnotation(InputError):

@@ -13,10 +13,8 @@ from hashlib import blake2b
 
 import numpy as np
 
-PERMUTATIONS, BANDS = (
-    64,
-    8,
-)  # a pair of Jaccard similarity 0.8 is compared with probability 0.77, 0.9 with 0.99
+# A pair of Jaccard similarity 0.8 is compared with probability 0.77, 0.9 with 0.99.
+PERMUTATIONS, BANDS = 64, 8
 RUN = 3  # words that hash together
 _CACHE_KB = 65_536  # of the database in memory
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pumice.data.sources.json_text import JsonReader
 from pumice.errors import CAUSE, InputError, wrong_input
 
 _BOM = b"\xef\xbb\xbf"
@@ -31,46 +32,47 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def items(path: Path, prefix: str) -> Iterator[Any]:
-    """Each value below `prefix` of a JSON file ("annotations.item"), in the order of the file."""
-    import ijson
+def items(path: Path, name: str = "") -> Iterator[Any]:
+    """Each item of the list `name` in the object of a JSON file, or of the file that is a list, in order."""
+    for key, values in _values(path):
+        for *_, value in values if isinstance(values, Iterator) else ():
+            if key == name:
+                yield value
 
+
+def visual_genome_images(path: Path) -> Iterator[tuple[Any, str, dict[str, Any]]]:
+    """The number of each picture in Visual Genome's image_data.json, its file's name, and its whole entry."""
+    for image in items(path):
+        key = image.get("image_id", image.get("id"))
+        parts = str(image.get("url") or "").split("/")[-2:]
+        yield key, "/".join(parts) if len(parts) == 2 else f"{key}.jpg", image
+
+
+def pairs(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each key and value of the object of a JSON file, in the order of the file."""
+    for key, value in _values(path):
+        if key:
+            yield key, [item for *_, item in value] if isinstance(value, Iterator) else value
+
+
+def _values(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each key and value of a JSON file; "" is the key of a file that is a list. Lists are iterators."""
     with opened(path) as file:
-        values = ijson.items(file, prefix, use_float=True)
-        yield from _translated(values, path)
-
-
-def pairs(path: Path, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each key and value of the object at `prefix` of a JSON file, in the order of the file."""
-    import ijson
-
-    with opened(path) as file:
-        yield from _translated(ijson.kvitems(file, prefix, use_float=True), path)
-
-
-def _translated(values: Iterator[Any], path: Path) -> Iterator[Any]:
-    import ijson
-
-    try:
-        yield from values
-    except (ijson.JSONError, UnicodeDecodeError) as error:
-        reason = error.args[0] if error.args else ""
-        if isinstance(reason, bytes):  # the C parser's
-            reason = reason.decode("utf-8", "replace")
-        reason = str(reason).split("\n")[0].strip()
-        if "UTF" in reason.upper():
-            raise InputError(f"'{path}' is not UTF-8 text ({reason}); save it as UTF-8") from error
-        raise InputError(f"'{path}' is malformed or cut off JSON ({reason}); fetch it again") from error
+        reader = JsonReader(file, file.tell(), decode=True)
+        if reader.peek() == "[":
+            yield "", reader.items(str(path))
+        else:
+            yield from reader.sections(str(path))
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
     """(number from 1, line) of a text file, blank lines left out."""
     with opened(path) as file:
         for number, line in enumerate(file, 1):
-            try:
+            with wrong_input(
+                UnicodeDecodeError, f"'{path}', line {number} is not UTF-8 text; save it as UTF-8"
+            ):
                 text = line.decode()
-            except UnicodeDecodeError as error:
-                raise InputError(f"'{path}', line {number} is not UTF-8 text; save it as UTF-8") from error
             if text.strip():
                 yield number, text.rstrip("\r\n")
 
@@ -79,12 +81,9 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, object) of each line of a JSON Lines file."""
     for number, line in lines(path):
         error_prefix = f"'{path}', line {number}"
-        try:
+        damaged = f"{error_prefix}: this is not JSON ({CAUSE}); write one object per line"
+        with wrong_input((ValueError, RecursionError), damaged):
             value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{error_prefix}: this is not JSON ({error}); write one object per line"
-            ) from error
         if not isinstance(value, dict):
             raise InputError(
                 f"{error_prefix}: expected an object, found {line[:40]}; write one object per line"
@@ -95,6 +94,4 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def first_byte(path: Path) -> str:
     """The first character that is not blank: how a file says whether it is JSON."""
     with opened(path) as file:
-        while (char := file.read(1)).isspace():
-            pass
-    return char.decode("latin-1")
+        return JsonReader(file, file.tell()).peek()

@@ -43,9 +43,7 @@ class _Tables:
 
     names: dict[str, str]  # phrase -> name
     wider: dict[str, frozenset[str]]  # word -> names that support it
-    vague: dict[
-        str, tuple[frozenset[str], frozenset[str]]
-    ]  # word -> what may mean it, and what tells against
+    vague: dict[str, tuple[frozenset[str], frozenset[str]]]  # word -> what may mean it; what tells against it
     ignored: list[str]  # phrases that name nothing
     plurals: dict[str, str]  # irregular plural -> singular
 

@@ -8,19 +8,17 @@ OUT/report.html       what to look at; OUT/report.json has the same numbers
 
 from __future__ import annotations
 
-import json
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
 
 from pumice.data.rows import ImageFinder
 from pumice.errors import CAUSE, InputError, wrong_input
 from pumice.files import Lock, hold, replacing
 from pumice.images import image_key
+from pumice.jsonl import json_text
 from pumice.synth.checks import CheckSettings, Rejection, check_language, examine, row
 from pumice.synth.context import Context
 from pumice.synth.duplicates import SeenRows
@@ -82,12 +80,8 @@ def plan(job: Job, teacher: Teacher) -> Iterator[tuple[str, Kind, Context, Teach
                 digest_of = _picture(image, Path(image).stat().st_mtime_ns)
             prompt = tuple(before)
             key = digest(teacher.model, teacher.options, kind.max_tokens, prompt, user, digest_of, job.seed)
-            yield (
-                f"{context.id}-{kind.name}",
-                kind,
-                context,
-                TeacherRequest(key, prompt, user, kind.max_tokens, image, digest_of),
-            )
+            request = TeacherRequest(key, prompt, user, kind.max_tokens, image, digest_of)
+            yield f"{context.id}-{kind.name}", kind, context, request
 
 
 @cache
@@ -206,14 +200,14 @@ def finish(job: Job, teacher: Teacher, journal: Journal) -> Statistics:
                 result = duplicate(result, row_id, seen_rows) or result
             if isinstance(result, Draft):
                 llava_row = row(row_id, result)
-                _line(rows, llava_row)
+                rows.write(json_text(llava_row) + "\n")
                 statistics.kept(result, llava_row)
             else:
                 values = {
                     "id": row_id, "image": context.image, "kind": kind.name, "reason": result.reason,
                     "detail": result.detail, "reply": reply,
                 }  # fmt: skip
-                _line(rejected, values)
+                rejected.write(json_text(values) + "\n")
                 statistics.rejected(kind.name, values)
     return statistics
 
@@ -227,12 +221,3 @@ def duplicate(draft: Draft, row_id: str, seen: SeenRows) -> Rejection | None:
         text, scope = " ".join(turn.answer for turn in draft.turns), draft.kind.name
     other = seen.like(row_id, text, scope)
     return None if other is None else Rejection("near-duplicate", f"of row {other}")
-
-
-def _line(file: IO[str], values: dict[str, Any]) -> None:
-    file.write(json.dumps(values, ensure_ascii=False) + "\n")
-
-
-def note(text: str) -> None:
-    """A line for people."""
-    print(text, file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from typer import Option
 
-from pumice.errors import InputError, shorten
+from pumice.errors import InputError, near, shorten
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -96,8 +95,8 @@ def _validated(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     known = [item.name for item in fields(kind)]
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(known)}"
+            meant = near(str(key), known)
+            hint = f"did you mean {meant!r}?" if meant else f"use {', '.join(known)}"
             raise InputError(f"the settings have an unknown key {shorten(prefix + key)}; {hint}")
     try:
         return TypeAdapter(kind).validate_python(dict(values))

@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 from pumice.data.rows import ImageFinder
 from pumice.errors import InputError, official
 from pumice.synth.context import AnnotatedBox, BadAnnotation, BadRows, Context, normalised
-from pumice.synth.files import first_byte, items, json_lines, lines
+from pumice.synth.files import first_byte, items, json_lines, lines, visual_genome_images
 
 
 class _Gathered:
@@ -64,7 +64,7 @@ def coco(captions: Path | None, instances: Path | None, bad_rows: BadRows) -> It
     # 1. The pictures of both files, which must agree about their names.
     for file in files:
         count = len(found.images)
-        for image in items(file, "images.item"):
+        for image in items(file, "images"):
             key, name = _field(image, "id", file), _field(image, "file_name", file)
             known, width, height = found.images.get(key, (name, 0, 0))
             if known != name:
@@ -76,7 +76,7 @@ def coco(captions: Path | None, instances: Path | None, bad_rows: BadRows) -> It
         if not found.images or (file is captions and len(found.images) == count):
             raise InputError(f"'{file}' lists no pictures under 'images'; give COCO's own file")
     # 2. Captions, then boxes.
-    for note in items(captions, "annotations.item") if captions is not None else ():
+    for note in items(captions, "annotations") if captions is not None else ():
         prefix = f"'{captions}', annotation {note.get('id')}"
         text, key = note.get("caption"), _field(note, "image_id", files[0])
         with bad_rows.tolerated():
@@ -90,10 +90,10 @@ def coco(captions: Path | None, instances: Path | None, bad_rows: BadRows) -> It
 
 
 def _coco_boxes(file: Path, found: _Gathered, bad_rows: BadRows) -> None:
-    names = {_field(c, "id", file): _field(c, "name", file) for c in items(file, "categories.item")}
+    names = {_field(c, "id", file): _field(c, "name", file) for c in items(file, "categories")}
     if not names:
         raise InputError(f"'{file}' lists no 'categories'; give the instances file of COCO")
-    for note in items(file, "annotations.item"):
+    for note in items(file, "annotations"):
         prefix = f"'{file}', annotation {note.get('id')}"
         key, category, box = _field(note, "image_id", file), note.get("category_id"), note.get("bbox")
         with bad_rows.tolerated():
@@ -116,15 +116,12 @@ def visual_genome(folder: Path, bad_rows: BadRows) -> Iterator[Context]:
     if not regions.exists() and not objects.exists():
         raise InputError(f"'{folder}' holds neither region_descriptions.json nor objects.json; fetch one")
     found = _Gathered(f"'{sizes.name}'")
-    for image in items(sizes, "item"):
-        key = image.get("image_id", image.get("id"))
-        parts = str(image.get("url") or "").split("/")[-2:]
-        name = "/".join(parts) if len(parts) == 2 else f"{key}.jpg"
+    for key, name, image in visual_genome_images(sizes):
         found.images[key] = (name, image.get("width") or 0, image.get("height") or 0)
     if not found.images:
         raise InputError(f"'{sizes}' lists no pictures; give Visual Genome's own file")
     for file, what in ((regions, "region"), (objects, "object")):
-        for entry in items(file, "item") if file.exists() else ():
+        for entry in items(file) if file.exists() else ():
             key = entry.get("image_id", entry.get("id"))
             for note in entry.get(f"{what}s") or ():
                 prefix = f"'{file}', {what} {note.get(f'{what}_id')} of picture {key}"
@@ -166,7 +163,7 @@ def flickr30k(file: Path, bad_rows: BadRows) -> Iterator[Context]:
 
 def _flickr(file: Path) -> Iterator[tuple[str, str, str]]:
     if first_byte(file) == "{":
-        for image in items(file, "images.item"):
+        for image in items(file, "images"):
             name = _field(image, "filename", file)
             for sentence in image.get("sentences") or [{}]:
                 yield f"'{file}', picture '{name}'", name, str(sentence.get("raw") or "")

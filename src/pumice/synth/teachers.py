@@ -9,6 +9,7 @@ import asyncio
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import islice
 from typing import Any, Protocol
 
 from pumice.chat_client import ChatClient, Outcome
@@ -163,20 +164,14 @@ class LocalTeacher:
         from pumice.assistant import load
 
         assistant = load(self.model, device=self.device)
-        waiting: list[TeacherRequest] = []
-        for request in requests:
-            waiting.append(request)
-            if len(waiting) == self.batch:
-                self._answer(assistant, waiting, journal, progress)
-                waiting = []
-        self._answer(assistant, waiting, journal, progress)
+        waiting = iter(requests)
+        while batch := list(islice(waiting, self.batch)):
+            self._answer(assistant, batch, journal, progress)
         return ""
 
     def _answer(
         self, assistant: Any, batch: list[TeacherRequest], journal: Journal, progress: Progress
     ) -> None:
-        if not batch:
-            return
         rows = [(request.picture(), flat(request)) for request in batch]
         options = {
             "max_new_tokens": max(r.max_tokens for r in batch),

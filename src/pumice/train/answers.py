@@ -52,7 +52,7 @@ def _without_cache(
             sources=ids[:0], targets=ids[:0], weights=torch.zeros(0),
             images=images, layouts=sample.layouts,
         )  # fmt: skip
-        token = world.broadcast(int(wrapped(pack, last=True).argmax()))
+        token = world.gather(int(wrapped(pack, last=True).argmax()))[0]
         if token in objective.model.config.stop_token_ids:
             break
         tokens.append(token)

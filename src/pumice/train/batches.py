@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -100,10 +101,8 @@ class Batches:
 
     def check(self) -> None:
         """Check every row before the first step. Raises InputError when too many rows are bad."""
-        if (
-            sum(int(rows.bad_rows(self.finder).sum()) for rows in self.mixture.rows)
-            <= self.recipe.max_bad_rows
-        ):
+        bad = sum(int(rows.bad_rows(self.finder).sum()) for rows in self.mixture.rows)
+        if bad <= self.recipe.max_bad_rows:
             return
         report = check(self.mixture.rows, self.finder, decode=False)
         bad_rows = [problem for problem in report.problems if problem.kind not in NOTES]
@@ -244,16 +243,15 @@ def prefetch(prepare: Callable[[int], T], first: int, end: int, workers: int) ->
     If preparing a step fails, its error is raised when the step is due.
     """
     with ThreadPoolExecutor(workers, "rows") as pool:
-        pending: list[Future[T]] = []
-        upcoming = iter(range(first, end))
-        # Keep one step per worker in the queue: more would only hold memory.
-        for _, step in zip(range(workers), upcoming, strict=False):
-            pending.append(pool.submit(prepare, step))
+        pending: deque[Future[T]] = deque()
         try:
+            for step in range(first, end):
+                pending.append(pool.submit(prepare, step))
+                # Keep one step per worker in the queue: more would only hold memory.
+                if len(pending) > workers:
+                    yield pending.popleft().result()
             while pending:
-                ready = pending.pop(0).result()
-                pending += [pool.submit(prepare, step) for _, step in zip(range(1), upcoming, strict=False)]
-                yield ready
+                yield pending.popleft().result()
         finally:
             for future in pending:
                 future.cancel()

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,18 +68,13 @@ def restore_optimizer(
     optimizer: torch.optim.Optimizer, trainable: Mapping[str, Tensor], checkpoint: Checkpoint
 ) -> None:
     """Put the state of a checkpoint into an optimiser; inverse of `optimizer_state`."""
-    for name, parameter in trainable.items():
-        state: dict[str, Any] = {}
-        for key, value in checkpoint.plain.items():
-            if key.partition(".")[2] == name:
-                # AdamW counts its steps in a tensor on the device, bitsandbytes in a number.
-                number = value if isinstance(value, int) else torch.tensor(value, device=parameter.device)
-                state[key.partition(".")[0]] = number
-        for key, tensor in checkpoint.moments.items():
-            if key.partition(".")[2] == name:
-                state[key.partition(".")[0]] = tensor
-        if state:
-            optimizer.state[parameter] = state
+    for key, value in (checkpoint.plain | checkpoint.moments).items():
+        kind, _, name = key.partition(".")
+        if (parameter := trainable.get(name)) is not None:
+            # AdamW counts its steps in a tensor on the device, bitsandbytes in a number.
+            if isinstance(value, float):
+                value = torch.tensor(value, device=parameter.device)
+            optimizer.state[parameter][kind] = value
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep_last: int, world: World | None = None) -> None:
@@ -96,10 +91,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep_last: int, world: World | No
             shutil.rmtree(partial, ignore_errors=True)
             (partial / _TENSORS).mkdir(parents=True)
         world.barrier()
-        written = _write(partial, checkpoint, world)
-        manifest = {
-            k: v for part in world.gather(_manifest_entries(partial, written)) for k, v in part.items()
-        }
+        entries = world.gather(_write(partial, checkpoint, world))
+        manifest = {name: entry for part in entries for name, entry in part.items()}
         # 2. The manifest comes last: it certifies every other file.
         if world.main:
             (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -120,8 +113,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep_last: int, world: World | No
     world.barrier()
 
 
-def _write(partial: Path, checkpoint: Checkpoint, world: World) -> list[Path]:
-    """Write this process's files, flush them to disk, and return their paths."""
+def _write(partial: Path, checkpoint: Checkpoint, world: World) -> dict[str, dict[str, Any]]:
+    """Write this process's files, flush them to disk, and return their entries of the manifest."""
     tensors = {f"weights.{name}": tensor for name, tensor in checkpoint.weights.items()} | checkpoint.moments
     rng = partial / f"rng-{world.rank:05d}.safetensors"
     safetensors.torch.save_file(checkpoint.rng, rng)
@@ -151,7 +144,10 @@ def _write(partial: Path, checkpoint: Checkpoint, world: World) -> list[Path]:
     for path in written:
         make_readable(path)
         sync(path)
-    return written
+    return {
+        path.relative_to(partial).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
+        for path in written
+    }
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -201,8 +197,12 @@ def latest(
         # 2. Verify files before the recipe: a damaged state.json could blame the recipe.
         _verify(path, world)
         state = _read_state(path / _STATE)
-        if differences := _list_differences(complete(state["recipe"]), recipe):
-            raise _RecipeDiffers(*differences[0])
+        for key, stored, current in _differences(complete(state["recipe"]), recipe):
+            now = "this run has" if key in CLASSES else "the recipe now says"
+            raise InputError(
+                f"{path} was made with {key}: {stored!r}, {now} {current!r}; set it back to continue, start "
+                "again in another output folder, or start a new run from the finished model"
+            )
         # 3. Read tensors and this process's random state.
         tensors = _read(path / _TENSORS, trainable, device, world)
         rng = path / f"rng-{world.rank:05d}.safetensors"
@@ -217,12 +217,8 @@ def latest(
             recipe=state["recipe"],
             progress=state["progress"],
         )
-    except _RecipeDiffers as error:
-        now = "this run has" if error.key in CLASSES else "the recipe now says"
-        raise InputError(
-            f"{path} was made with {error.key}: {error.stored!r}, {now} {error.current!r}; set it back to "
-            "continue, start again in another output folder, or start a new run from the finished model"
-        ) from error
+    except InputError:
+        raise
     except FileNotFoundError as error:
         missing = Path(error.filename or str(error).rpartition(": ")[2]).name
         raise InputError(f"the checkpoint {path} lacks {missing}; {remedy}") from error
@@ -234,13 +230,6 @@ def latest(
         wrong = sorted(name for name, _ in shapes[0].items() ^ shapes[1].items())
         raise InputError(f"the checkpoint {path} does not fit the model: {wrong[0]} differs; {remedy}")
     return checkpoint
-
-
-class _RecipeDiffers(Exception):
-    """A recipe field has another value in the checkpoint than now."""
-
-    def __init__(self, key: str, stored: Any, current: Any) -> None:
-        self.key, self.stored, self.current = key, stored, current
 
 
 def _read(
@@ -270,13 +259,6 @@ def _read(
     return buffers
 
 
-def _manifest_entries(partial: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
-    return {
-        path.relative_to(partial).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
-        for path in files
-    }
-
-
 def _read_state(path: Path) -> dict[str, Any]:
     """Read state.json. Raises ValueError where a value has another type than `save` writes."""
     state = json.loads(path.read_text())
@@ -304,17 +286,13 @@ def _verify(path: Path, world: World) -> None:
             raise ValueError(f"{name} has changed: its SHA-256 is not the manifest's")
 
 
-def _list_differences(stored: Any, current: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """Return (key, stored value, current value) of every value that differs; nested keys joined by dots."""
-    if not (isinstance(stored, dict) and isinstance(current, dict)):
-        return [(key, stored, current)] if stored != current else []
-    return [
-        difference
-        for name in sorted(stored.keys() | current.keys())
-        for difference in _list_differences(
-            stored.get(name), current.get(name), f"{key}.{name}" if key else name
-        )
-    ]
+def _differences(stored: Any, current: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, stored value, current value) of every value that differs; nested keys joined by dots."""
+    if isinstance(stored, dict) and isinstance(current, dict):
+        for name in sorted(stored.keys() | current.keys()):
+            yield from _differences(stored.get(name), current.get(name), f"{key}.{name}" if key else name)
+    elif stored != current:
+        yield key, stored, current
 
 
 def _list_checkpoints(folder: Path) -> list[Path]:

@@ -29,10 +29,6 @@ class GPU(NamedTuple):
     fp32_part: int = 2  # plain fp32 products have one such part of that rate
     has_bf16: bool = True  # and TF32
 
-    @property
-    def fp32_share(self) -> float:
-        return 1 / self.fp32_part
-
 
 TIMED_SIZE = {"cpu": 1024, "cuda": 4096}  # a GPU needs larger matrices to reach its peak
 PACK_TOKENS = 8192  # of a pack on a GPU, where a recipe names no number

@@ -181,15 +181,12 @@ class Trainer:
                 stack.enter_context(hold(output / ".lock", f"using the output folder {output}"))
             # 2. Resume from the newest checkpoint. A new run is checked before any compute is spent on it.
             resumed = self._resume(folder)
-            if (
-                resumed
-                and self.step == self.batches.steps
-                and (self.recipe.output / "model" / CONFIG).is_file()
-            ):
+            model = self.recipe.output / "model"
+            if resumed and self.step == self.batches.steps and (model / CONFIG).is_file():
                 print(f"already finished: step {self.step} of {self.step}", file=sys.stderr)
                 if self.world.main and not (self.recipe.output / PLOT).is_file():
                     draw_loss(self.recipe.output)
-                return self.recipe.output / "model"
+                return model
             if not resumed and self.world.main:
                 preflight(self.setup, self.batches)
             # 3. Save the model once for trial: a run must not fail at its end because it cannot be saved.
@@ -311,7 +308,7 @@ class Trainer:
                 self.batches.skipped.add(", ".join(image.name for image in tree.images), error)
         if not trees:
             return PackTensors.dummy()
-        return PackTensors.of(pack if len(trees) == len(pack.trees) else Pack(tuple(trees)), images, pin)
+        return PackTensors.of(pack if len(trees) == len(pack.trees) else Pack.of(trees), images, pin)
 
     def _train_step(self, prepared: PreparedStep) -> dict[str, Any]:
         """Run one optimiser step and return its numbers. Raises WorkError when the loss is not finite."""

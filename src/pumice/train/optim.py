@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import nn
 
 from pumice.errors import InputError
-from pumice.train.optional import optional
 from pumice.train.parallel import World
 from pumice.train.recipe import Recipe
 
@@ -19,7 +20,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Return AdamW with one group per part that learns; a group's `peak` is its peak learning rate.
 
-    Raises InputError when a part has no parameters, or adamw8bit is asked for without bitsandbytes.
+    Raises InputError when a part has no parameters.
     """
     # One group per part, because each part has its own learning rate and gradient norm.
     groups = [
@@ -34,15 +35,11 @@ def make_optimizer(
     for group in groups:
         if not group["params"]:
             raise InputError(f"stage.learn names {group['part']}, but the model has no such part")
-    if recipe.optimizer == "adamw8bit":
-        optim = optional("bitsandbytes.optim", "optimizer: adamw8bit needs bitsandbytes")
-        optimizer: torch.optim.Optimizer = optim.AdamW8bit(
-            groups, betas=recipe.betas, weight_decay=recipe.weight_decay
-        )
-        return optimizer
-    return torch.optim.AdamW(
-        groups, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=device.type != "mps"
-    )
+    options: dict[str, Any] = {"betas": recipe.betas, "weight_decay": recipe.weight_decay}
+    if recipe.optimizer == "adamw8bit":  # `check_bitsandbytes` has seen that it is installed
+        adamw8bit: type[torch.optim.Optimizer] = import_module("bitsandbytes.optim").AdamW8bit
+        return adamw8bit(groups, **options)
+    return torch.optim.AdamW(groups, **options, fused=device.type != "mps")
 
 
 def gradient_norms(optimizer: torch.optim.Optimizer, world: World) -> dict[str, float]:

@@ -38,6 +38,11 @@ MAX_COPY_SHARE = 0.6
 WAIT = datetime.timedelta(hours=12)
 
 
+def needs_shards(model_states: float, memory: float) -> bool:
+    """Return whether a copy of so many bytes leaves a GPU too little memory beside it."""
+    return model_states > MAX_COPY_SHARE * memory
+
+
 def check_shardable(recipe: Recipe) -> None:
     """Raise InputError if shards cannot hold what the recipe asks for."""
     if recipe.optimizer == "adamw8bit":
@@ -124,7 +129,7 @@ class World:
         """
         if self.size > 1 and recipe.parallel == "auto" and device.type == "cuda":
             memory = torch.cuda.get_device_properties(device).total_memory
-            self.kind = "fsdp" if model_states > MAX_COPY_SHARE * memory else "ddp"
+            self.kind = "fsdp" if needs_shards(model_states, memory) else "ddp"
         if self.kind == "fsdp":
             check_shardable(recipe)
 
@@ -203,11 +208,9 @@ class World:
             if self.rank < len(parts):
                 local(tensor).copy_(parts[self.rank])
 
-    @contextlib.contextmanager
-    def accumulate(self, last: bool) -> Iterator[None]:
-        """Wrap one pack's forward and backward pass; DDP reduces gradients after the last pack only."""
-        with self._module.no_sync() if self.kind == "ddp" and not last else contextlib.nullcontext():
-            yield
+    def accumulate(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Return the context of a pack, forward and backward; DDP reduces gradients in the last one only."""
+        return self._module.no_sync() if self.kind == "ddp" and not last else contextlib.nullcontext()
 
     def sum(self, *values: float) -> list[float]:
         """Sum each value over all processes."""
@@ -216,14 +219,6 @@ class World:
         totals = torch.tensor(values, dtype=torch.float64, device=self._collective_device())
         dist.all_reduce(totals)
         return totals.tolist()
-
-    def broadcast(self, value: int) -> int:
-        """Return the first process's value on every process."""
-        if self.size == 1:
-            return value
-        shared = torch.tensor(value, device=self._collective_device())
-        dist.broadcast(shared, 0)
-        return int(shared)
 
     def barrier(self) -> None:
         """Wait until every process is here."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import shutil
 
 import torch
+from packaging.version import Version
 
-from pumice.errors import InputError
+from pumice.errors import InputError, install, wrong_input
+from pumice.files import folder_size
 from pumice.formats.load import check_bf16
 from pumice.geometry import image_layout
 from pumice.storage.memory import GB
 from pumice.train.batches import Batches
 from pumice.train.devices import total_memory
-from pumice.train.optional import check_bitsandbytes
 from pumice.train.parallel import World
 from pumice.train.recipe import Recipe
 from pumice.train.setup import Setup
@@ -20,6 +22,7 @@ from pumice.train.shapes import read_parts, with_adapters
 from pumice.train.sizes import Sizes, sizes
 
 TRIED_ROWS = 100  # rows of the first epoch; at least one must have supervised tokens
+OLDEST_BITSANDBYTES = Version("0.46")  # earlier ones quantise on CUDA alone, and have no operators of torch's
 
 
 def check_device(recipe: Recipe, device: torch.device, world: World) -> None:
@@ -51,6 +54,24 @@ def preflight(setup: Setup, batches: Batches) -> None:
     check_disk(setup.recipe, sizes(setup.recipe, setup.model.config, setup.device.type))
 
 
+def check_bitsandbytes(recipe: Recipe) -> None:
+    """Raise InputError if the recipe needs bitsandbytes, and it is missing or too old."""
+    if recipe.stage.base == "nf4":
+        user, remedy = "base: nf4", "base: int8 needs nothing"
+    elif recipe.optimizer == "adamw8bit":
+        user, remedy = "optimizer: adamw8bit", "optimizer: adamw needs nothing"
+    else:
+        return
+    missing = f"{user} needs bitsandbytes ({install('qlora')}); {remedy}"
+    with wrong_input(importlib.metadata.PackageNotFoundError, missing):
+        installed = importlib.metadata.version("bitsandbytes")
+    if Version(installed) < OLDEST_BITSANDBYTES:
+        raise InputError(
+            f"{user} needs bitsandbytes {OLDEST_BITSANDBYTES} or later, {installed} is installed "
+            f"({install('qlora')} --upgrade); {remedy}"
+        )
+
+
 def check_image_tokens(setup: Setup) -> None:
     """Raise InputError when one image fills the context and leaves no room for text."""
     config = setup.processor.config
@@ -72,8 +93,7 @@ def check_disk(recipe: Recipe, stage_sizes: Sizes) -> None:
     """
     needed = stage_sizes.disk(recipe.keep_last)
     # A resumed run replaces its own old files, so their space counts as free.
-    written = sum(p.stat().st_size for p in recipe.output.rglob("*") if p.is_file())
-    free = shutil.disk_usage(recipe.output).free + written
+    free = shutil.disk_usage(recipe.output).free + folder_size(recipe.output)
     if free < needed:
         raise InputError(
             f"{recipe.output} needs {needed / GB:.2f} GB ({recipe.keep_last} + 1 checkpoints of "

@@ -23,10 +23,8 @@ def versions() -> dict[str, str]:
     """Return the versions of Python, the platform and the packages that a result depends on."""
     packages = {"python": platform.python_version(), "machine": platform.platform()}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # not installed: run from a source tree
             packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # not installed: run from a source tree
-            continue
     return packages
 
 

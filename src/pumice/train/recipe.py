@@ -39,7 +39,7 @@ from pumice.media import BoxFormName
 from pumice.storage.yaml_file import read_yaml, set_key
 from pumice.templates import OWN
 from pumice.train.recipe_errors import main_problem, missing_base, missing_recipe
-from pumice.train.shipped import SHIPPED, near_shipped, shipped_recipe
+from pumice.train.shipped import SHIPPED, shipped_recipe
 
 LONGEST_CHAIN = 50  # recipes that extend each other
 PARTS = ("tower", "connector", "decoder", "lora", "embeddings", "image_newline")
@@ -340,7 +340,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     origin: dict[tuple[str, ...], str] = {}
     path = recipe_path(path)
     if not path.exists():
-        raise missing_recipe(path, [f"{SHIPPED}{name}" for name in near_shipped(path.stem)])
+        raise missing_recipe(path)
     values = _read(path, (), origin)
     # 2. Overrides come last, because they replace what any of the files says.
     set_keys = []
@@ -383,8 +383,7 @@ def _read(path: Path, chain: tuple[Path, ...], origin: dict[tuple[str, ...], str
     else:
         base_path = path.parent / base_name
     if not base_path.is_file():
-        shipped = [f"{SHIPPED}{name}" for name in near_shipped(base_name.removesuffix(".yaml"))]
-        raise missing_base(path, base_name, base_path, shipped)
+        raise missing_base(path, base_name, base_path)
     # The base comes first, so that this file's keys replace it in `origin` as they do in the values.
     base = _read(base_path, (*chain, path.resolve()), origin)
     _record_origin(values, str(path), origin)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from pumice.errors import NEWER, InputError, shorten
+from pumice.errors import NEWER, InputError, near, shorten
+from pumice.train.shipped import near_shipped
 
 # What transformers' arguments and LLaVA's scripts call a key, where its spelling is no hint.
 _ELSEWHERE = {
@@ -25,40 +26,37 @@ def _nearest(dotted: str, known: Sequence[str]) -> str | None:
         return _ELSEWHERE[dotted]
     place, _, key = dotted.rpartition(".")
     leaves = {name.rpartition(".")[2] for name in known}
-    near = difflib.get_close_matches(key, leaves, n=1)
-    if not near:
+    if (meant := near(key, leaves)) is None:
         return None
-    candidates = [name for name in known if name.rpartition(".")[2] == near[0]]
+    candidates = [name for name in known if name.rpartition(".")[2] == meant]
     # A list's entries have the same keys, whatever their number.
     same_place = [name for name in candidates if name.rpartition(".")[0] == re.sub(r"\d+", "0", place)]
-    return f"{place}.{near[0]}".lstrip(".") if same_place else candidates[0]
+    return f"{place}.{meant}".lstrip(".") if same_place else candidates[0]
 
 
-def missing_base(path: Path, name: str, base: Path, shipped: Sequence[str]) -> InputError:
-    """Return the error of a recipe at `path` that extends `name`, a file `base` that is not there.
-
-    shipped: recipes of like names that Pumice brings.
-    """
-    hint = f"; one that Pumice brings is named {shipped[0]}" if shipped else ""
-    if near := _like_named(base, path):
-        hint = f"; did you mean {' or '.join(Path(name).with_name(one).as_posix() for one in near)}?"
-    return InputError(f"{path}: extends {name}, but there is no {base}{hint}")
+def missing_base(path: Path, name: str, base: Path) -> InputError:
+    """Return the error of a recipe at `path` that extends `name`, a file `base` that is not there."""
+    hint = _hint(base, Path(name), near_shipped(name.removesuffix(".yaml")), but=path)
+    return InputError(f"{path}: extends {name}, but there is no {base}{'; ' * bool(hint)}{hint}")
 
 
-def missing_recipe(path: Path, shipped: Sequence[str]) -> InputError:
-    """Return the error of a recipe that is not there. shipped: as in `missing_base`."""
-    last_parts = {re.split("[:/]", name)[-1]: name for name in shipped}
-    same = difflib.get_close_matches(path.stem, last_parts, n=1)
-    hint = f"one that Pumice brings is named {last_parts[same[0]]}" if same else "check the path"
-    if near := _like_named(path):
-        hint = f"did you mean {' or '.join(path.with_name(one).as_posix() for one in near)}?"
+def missing_recipe(path: Path) -> InputError:
+    """Return the error of a recipe that is not there."""
+    last_parts = {re.split("[:/]", name)[-1]: name for name in near_shipped(path.stem)}
+    last = near(path.stem, last_parts)
+    hint = _hint(path, path, [last_parts[last]] if last else []) or "check the path"
     return InputError(f"cannot read the recipe {path}: there is no such file; {hint}")
 
 
-def _like_named(path: Path, but: Path | None = None) -> list[str]:
-    """Return the names of recipes beside `path` that are like its own, without that of `but`."""
+def _hint(path: Path, written: Path, shipped: Sequence[str], but: Path | None = None) -> str:
+    """Return what may be meant by a recipe that is not there: one beside it, or a shipped one.
+
+    written: the path as the user wrote it. but: the recipe that extends it.
+    """
     beside = {file.stem: file.name for file in sorted(path.parent.glob("*.y*ml")) if file != but}
-    return [beside[stem] for stem in difflib.get_close_matches(path.stem, beside)]
+    if alike := [beside[stem] for stem in difflib.get_close_matches(path.stem, beside)]:
+        return f"did you mean {' or '.join(written.with_name(one).as_posix() for one in alike)}?"
+    return f"one that Pumice brings is named {shipped[0]}" if shipped else ""
 
 
 def main_problem(
@@ -93,9 +91,9 @@ def main_problem(
     if problem["type"] in ("extra_forbidden", "unknown_part"):
         # An override may have made the unknown mapping: then its whole key is what the user wrote.
         whole = next((list(keys) for keys in set_keys if list(keys[: len(loc)]) == loc), loc)
-        near = _nearest(".".join(whole), known) or _nearest(dotted, known)
-        hint = f"; did you mean {near!r}?" if near else NEWER
-        if not near and known is not known_keys:
+        meant = _nearest(".".join(whole), known) or _nearest(dotted, known)
+        hint = f"; did you mean {meant!r}?" if meant else NEWER
+        if not meant and known is not known_keys:
             hint = f"; the parts are {', '.join(parts)}"
         return tuple(whole), f"unknown key {shorten('.'.join(whole))}{hint}"
     plain = {

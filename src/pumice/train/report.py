@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import yaml
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Column
 
-from pumice.errors import InputError, install
+from pumice.errors import CAUSE, install, wrong_input
 from pumice.files import replacing, whole_lines
-from pumice.progress import can_redraw, number_columns
+from pumice.progress import ProgressBar, can_redraw
 from pumice.train.recipe import Recipe
 from pumice.train.trackers import TRACKERS
 
 METRICS, PLOT = "metrics.jsonl", "loss.png"  # files in the run's folder
+LOG_SECONDS = 30.0  # between two lines where no bar can be drawn
 # The types of what is read back of an event.
 _NUMBERS, _TEXTS = ("step", "loss", "held_out_loss"), ("question", "reference", "answer")
 
@@ -43,53 +41,36 @@ class TrainingReport:
         enabled: False on every process but the first, so that each line appears once.
         """
         # 1. Open the files. A resumed run first removes the metrics of the steps that it will repeat.
-        self.peak, self.enabled = peak, enabled
+        self.peak, self.enabled, self.steps = peak, enabled, steps
         recipe.output.mkdir(parents=True, exist_ok=True)
         self.path = recipe.output / METRICS
-        # Names, questions and answers may contain square brackets; rich must not read them as markup.
-        self.console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True, quiet=not enabled)
-        self.steps = steps
         if enabled:
             self._drop_after(step)
             # The file holds every default and override, so that it alone repeats the run.
             with replacing(recipe.output / "recipe.yaml") as file:
-                yaml.safe_dump(
-                    json.loads(recipe.model_dump_json()), file, sort_keys=False, allow_unicode=True
-                )
+                yaml.safe_dump(recipe.stored(), file, sort_keys=False, allow_unicode=True)
         # 2. Say what learns before the first step, while stopping costs nothing.
         for line in description:
-            self.console.print(line)
+            self.print(line)
         if step:
-            self.console.print(f"resuming at step {step} of {steps}")
+            self.print(f"resuming at step {step} of {steps}")
         if find_spec("matplotlib") is None:
-            self.console.print(
+            self.print(
                 f"no {PLOT} at the end, as it needs matplotlib ({install('plot')}); with it, the same "
-                "command draws "
-                "the picture of a finished run"
+                "command draws the picture of a finished run"
             )
-        # 3. The progress bar needs a terminal that can redraw it; elsewhere `step` prints a line from time to
-        # time. A narrow one has room for the numbers only, in several lines.
-        wide = self.console.width >= 80
-        short = Column(no_wrap=True, max_width=self.console.width // 5)
-        name = TextColumn("{task.description}", markup=False, table_column=short)
-        note = TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=wide))
-        numbers = (*number_columns(), note)
-        bar = (name, BarColumn(), *numbers) if wide else numbers
-        self._progress = Progress(*bar, console=self.console, disable=not (enabled and can_redraw()))
-        self._task = self._progress.add_task(recipe.name, total=steps, completed=step, note="")
-        self._last_line = 0.0
+        self._bar = ProgressBar(log_seconds=LOG_SECONDS)
         # The time left follows from the steps of this process alone; earlier ones may have run elsewhere.
         self._first_step, self._started = step, time.monotonic()
         self._trackers = [TRACKERS[name](recipe) for name in recipe.trackers if enabled]
 
     def __enter__(self) -> TrainingReport:
-        self._progress.start()
+        if self.enabled:
+            self._bar.show(self._first_step, self.steps, "steps")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
         for tracker in self._trackers:
             tracker.close()
 
@@ -104,28 +85,26 @@ class TrainingReport:
             event["peak_share"] = flops / seconds / self.peak
             note += f"  {event['peak_share']:.0%} of peak"
         self._write(event)
-        self._progress.update(self._task, completed=step, note=note)
-        if not can_redraw() and time.monotonic() - self._last_line > 30:
-            self._last_line = time.monotonic()
+        if not can_redraw():  # a bar says itself what is left
             elapsed = time.monotonic() - self._started
-            minutes_left = (self.steps - step) * elapsed / (step - self._first_step) / 60
-            self.console.print(f"step {step}/{self.steps}  {note}  {minutes_left:.0f} min left")
+            note += f"  {(self.steps - step) * elapsed / (step - self._first_step) / 60:.0f} min left"
+        if self.enabled:
+            self._bar.show(step, self.steps, "steps", note)
 
     def held_out(self, step: int, loss: float) -> None:
         """Report the mean loss of the held-out rows, in nats per supervised token."""
         self._write({"step": step, "held_out_loss": loss})
-        self.console.print(f"step {step}: held-out loss {loss:.4f}")
+        self.print(f"step {step}: held-out loss {loss:.4f}")
 
     def answer(self, step: int, question: str, reference: str, answer: str) -> None:
         """Report the model's answer to a held-out question beside the row's own answer."""
         self._write({"step": step, "question": question, "reference": reference, "answer": answer})
-        self.console.print(
-            f"  {question!r}\n    reference: {reference!r}\n    answer:    {answer!r}", highlight=False
-        )
+        self.print(f"  {question!r}\n    reference: {reference!r}\n    answer:    {answer!r}")
 
     def print(self, line: str) -> None:
         """Print a line for people."""
-        self.console.print(line)
+        if self.enabled:
+            print(line, file=sys.stderr, flush=True)
 
     def answers(self) -> list[dict[str, Any]]:
         """Return the sample answers of the first and of the last measurement: before and after."""
@@ -145,19 +124,18 @@ class TrainingReport:
 
     def _drop_after(self, step: int) -> None:
         """Drop the metrics after `step`: the resumed run writes them again. Drop all at step 0."""
-        events = [event for event in read_metrics(self.path) if event["step"] <= step]
-        events = events if step else []
+        events = [event for event in read_metrics(self.path) if step and event["step"] <= step]
         # A crash during this write leaves the old file whole.
         with replacing(self.path) as file:
             file.writelines(json.dumps(event) + "\n" for event in events)
 
 
-def draw_loss(output: Path) -> Path | None:
-    """Draw `loss.png` of a run in its folder and return its path; None without matplotlib."""
+def draw_loss(output: Path) -> None:
+    """Draw `loss.png` of a run in its folder; do nothing without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return None  # as was said before the first step
+        return  # as was said before the first step
     events = read_metrics(output / METRICS)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -169,7 +147,6 @@ def draw_loss(output: Path) -> Path | None:
     axes.set(xlabel="optimiser step", ylabel="loss per supervised token (nats)")
     axes.legend()
     figure.savefig(output / PLOT, dpi=120)
-    return output / PLOT
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -179,13 +156,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    try:
+    damaged = (ValueError, RecursionError)
+    with wrong_input(damaged, f"{path} is damaged ({CAUSE}); remove it; the checkpoints do not need it"):
         events = [json.loads(line) for line in whole_lines(path)]
         if not all(map(_is_event, events)):
             raise ValueError("a line is no event of a step")
-        return events
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error}); remove it; the checkpoints do not need it") from error
+    return events
 
 
 def _is_event(event: Any) -> bool:

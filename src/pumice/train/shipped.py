@@ -23,11 +23,12 @@ def _names() -> list[str]:
 
 
 def near_shipped(name: str) -> list[str]:
-    """Return up to three names of shipped recipes that are like a wrong one: first by their last part."""
+    """Return up to three shipped recipes, as pumice:NAME, whose names are like a wrong one."""
     names = _names()
     same_end = [known for known in names if known.rpartition("/")[2] == name.rpartition("/")[2]]
     longer = [known for known in names if len(name) > 2 and name.lower() in known]
-    return (same_end or longer or difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4))[:3]
+    near = same_end or longer or difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
+    return [f"{SHIPPED}{known}" for known in near[:3]]
 
 
 def shipped_recipe(name: str, prefix: str) -> Path:
@@ -35,7 +36,7 @@ def shipped_recipe(name: str, prefix: str) -> Path:
     own_name = name.removeprefix(SHIPPED)
     path = _folder() / f"{own_name}.yaml"
     if not path.is_file():
-        near = " or ".join(f"{SHIPPED}{known}" for known in near_shipped(own_name.removesuffix(".yaml")))
+        near = " or ".join(near_shipped(own_name.removesuffix(".yaml")))
         hint = f"did you mean {near}?" if near else f"it brings {', '.join(_names())}"
         raise InputError(f"{prefix}{name}: Pumice brings no such recipe; {hint}")
     return path

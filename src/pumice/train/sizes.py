@@ -84,7 +84,13 @@ def sizes(recipe: Recipe, config: ModelConfig, device: str) -> Sizes:
     for name, parameter in model.named_parameters():
         numel, part = parameter.numel(), part_of(name, learn)
         parameters[part] = parameters.get(part, 0) + numel
-        if name in learning or base == "none" or not _is_quantized(name, parameter):
+        is_quantized = base != "none" and name not in learning and _is_quantized(name, parameter)
+        if is_quantized:
+            size = numel * NF4_BYTES if base == "nf4" else numel + 4 * len(parameter)
+            whole += size
+            # Quantised weights are read from their files once, and once more when the model is saved.
+            files += stored_bytes * numel
+        else:
             size = numel * memory_dtype(name, name in learning, recipe, device).itemsize
             place = _place(name, recipe.stage.learns("tower"))
             if place == "whole":
@@ -93,16 +99,8 @@ def sizes(recipe: Recipe, config: ModelConfig, device: str) -> Sizes:
                 places[place] += size
                 if name in learning and (place == "block" or name.startswith(after_blocks)):
                     gradients_of[place] += 4 * numel
-            weights += size
-        else:
-            size = numel * NF4_BYTES if base == "nf4" else numel + 4 * len(parameter)
-            weights += size
-            whole += size
-            # Quantised weights are read from their files once, and once more when the model is saved.
-            files += stored_bytes * numel
-        if name not in learning and (
-            stored_bytes == 2 or (base != "none" and _is_quantized(name, parameter))
-        ):
+        weights += size
+        if name not in learning and (stored_bytes == 2 or is_quantized):
             files += stored_bytes * numel
     for name, buffer in model.named_buffers():
         dtype = memory_dtype(name, False, recipe, device) if buffer.is_floating_point() else buffer.dtype

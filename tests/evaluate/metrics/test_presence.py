@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
-from pumice.errors import InputError
-from pumice.evaluate.metrics.presence import means_yes, presence_score
+from pumice.evaluate.metrics.presence import is_unclear, means_yes, presence_score
 
 
 @pytest.mark.parametrize(
@@ -36,33 +36,36 @@ def test_reads_as_pope_does(answer: str, yes: bool) -> None:
     assert means_yes(answer) is yes
 
 
+def score(answers: list[str], truths: list[bool], weights: list[int] | None = None) -> dict[str, float]:
+    predicted = np.array([means_yes(answer) for answer in answers])
+    return presence_score(predicted, np.array(truths), np.array(weights or [1] * len(answers), np.float64))
+
+
 def test_counts_by_hand() -> None:
     """Two hits, one false yes, one miss, one right no."""
-    score = presence_score(["Yes.", "Yes", "A dog.", "No", "No."], [True, True, False, True, False])
-    assert (score.questions, score.accuracy) == (5, 3 / 5)
-    assert score.precision == pytest.approx(2 / 3)
-    assert score.recall == pytest.approx(2 / 3)
-    assert score.f1 == pytest.approx(2 / 3)
-    assert score.yes_rate == 3 / 5
-    assert score.unclear == 1 / 5
+    answers, truths = ["Yes.", "Yes", "A dog.", "No", "No."], [True, True, False, True, False]
+    counted = score(answers, truths)
+    assert (counted["accuracy"], counted["yes rate"]) == (3 / 5, 3 / 5)
+    assert [counted[name] for name in ("precision", "recall", "f1")] == pytest.approx([2 / 3] * 3)
+    assert [is_unclear(answer) for answer in answers] == [False, False, True, False, False]
+
+
+def test_a_weight_repeats_a_question() -> None:
+    answers, truths = ["Yes", "No", "a dog", "No"], [True, True, False, False]
+    repeated = score([*answers, "No", "No"], [*truths, True, True])
+    assert score(answers, truths, [1, 3, 1, 1]) == pytest.approx(repeated)
+    assert set(score(answers, truths, [0] * 4).values()) == {0.0}
 
 
 def test_only_no_divides_nothing_by_nothing() -> None:
-    score = presence_score(["No", "No"], [True, False])
-    assert (score.precision, score.recall, score.f1, score.yes_rate) == (0, 0, 0, 0)
-    assert score.accuracy == 1 / 2
+    only_no = score(["No", "No"], [True, False])
+    assert [only_no[name] for name in ("precision", "recall", "f1", "yes rate")] == [0, 0, 0, 0]
+    assert only_no["accuracy"] == 1 / 2
 
 
 def test_order_does_not_matter() -> None:
     draw = random.Random(0)
     pairs = [(draw.choice(["Yes", "No", "a dog"]), draw.random() < 0.5) for _ in range(50)]
     shuffled = draw.sample(pairs, len(pairs))
-    first, second = (presence_score([a for a, _ in p], [t for _, t in p]) for p in (pairs, shuffled))
+    first, second = (score([a for a, _ in p], [t for _, t in p]) for p in (pairs, shuffled))
     assert first == second
-
-
-def test_wrong_numbers_are_refused() -> None:
-    with pytest.raises(InputError, match="1 answers for 2 questions"):
-        presence_score(["Yes"], [True, False])
-    with pytest.raises(InputError, match="0 answers"):
-        presence_score([], [])

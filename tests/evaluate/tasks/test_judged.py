@@ -145,6 +145,12 @@ def test_mmvet_grades_of_its_own_evaluator_and_rows_of_llava(mmvet: Any, scored:
     result = scored("mmvet", rows, task=task)
     assert result["headline"]["value"] == pytest.approx(50)
     assert result["judge"]["models"] == ["gpt-4-0613"]
+    # New replies are not written behind the object, whose file would then be no JSON any more.
+    before = (tmp_path / "grades.json").read_bytes()
+    task.judge = Judge(tmp_path / "grades.json", ChatEndpoint("http://127.0.0.1:9/v1", "judge"))
+    with pytest.raises(InputError, match="is no object, so the file is another one"):
+        task.grade([("v1_9", "?")], parse_grade)
+    assert (tmp_path / "grades.json").read_bytes() == before
 
 
 def test_an_endpoint_is_tried_again_and_refusals_are_told(chat_server: Any) -> None:

@@ -91,7 +91,7 @@ def test_config_and_special_ids(tmp_path: Path, write_gguf: Any) -> None:
     exact = write_gguf(tmp_path / "m.gguf", config, kind="qwen3")
     model = open_gguf(tmp_path / "m.gguf")
     assert model.config == config
-    text = model.text
+    text = model.text.files
     assert (text.bos, text.eos, text.adds_bos) == ("<|im_start|>", "<|im_end|>", True)
     assert text.chat_template == "{{ messages }}"
     for name in ("blocks.1.attention.q.weight", "blocks.1.attention.k.weight"):  # only llama is permuted
@@ -135,7 +135,7 @@ def test_tokenizer_splits_words_as_named(
     tmp_path: Path, write_gguf: Any, pre: str, text: str, pieces: list[str]
 ) -> None:
     write_gguf(tmp_path / "m.gguf", pre=pre)
-    tokenizer = open_gguf(tmp_path / "m.gguf").text.backend
+    tokenizer = open_gguf(tmp_path / "m.gguf").text.tokenizer
     encoded = tokenizer.encode(text)
     assert encoded.tokens == pieces
     assert tokenizer.decode(encoded.ids, skip_special_tokens=False) == text
@@ -306,14 +306,15 @@ def smollm2() -> Path:
 def test_smollm2_knows_the_capital_of_france(smollm2: Path) -> None:
     model = open_gguf(smollm2)
     assert (model.config.norm_eps, model.config.rope_theta) == (1e-5, 100000.0)
-    assert (model.text.bos, model.text.eos, model.text.adds_bos) == ("<|im_start|>", "<|im_end|>", False)
+    text = model.text.files
+    assert (text.bos, text.eos, text.adds_bos) == ("<|im_start|>", "<|im_end|>", False)
     with torch.device("meta"):
         decoder = Decoder(model.config)
     decoder.load_state_dict({name: tensor.read() for name, tensor in model.state.items()}, assign=True)
-    ids = torch.tensor([model.text.backend.encode("The capital of France is").ids])
+    ids = torch.tensor([model.text.tokenizer.encode("The capital of France is").ids])
     with torch.no_grad():
         hidden = decoder(decoder.embed(ids), torch.arange(ids.shape[1])[None], Causal(decoder.config))
-        assert model.text.backend.decode([int(decoder.logits(hidden[0, -1]).argmax())]) == " Paris"
+        assert model.text.tokenizer.decode([int(decoder.logits(hidden[0, -1]).argmax())]) == " Paris"
 
 
 def test_smollm2_tokenizer(smollm2: Path) -> None:

@@ -70,8 +70,8 @@ def test_the_language_model_is_read_back(models: ModuleType, tmp_path: Path, par
     assert back.config == replace(decoder, context=context, sliding_window=None)
     for name, tensor in back.state.items():
         assert torch.equal(tensor.read(), model.state[f"decoder.{name}"].read()), name
-    assert back.text.bos_id == model.config.bos_token_id
-    assert back.text.eos == model.tokenizer.id_to_token(model.config.stop_token_ids[0])
+    assert back.text.files.bos_id == model.config.bos_token_id
+    assert back.text.files.eos == model.tokenizer.id_to_token(model.config.stop_token_ids[0])
 
 
 @pytest.mark.parametrize(

@@ -292,7 +292,7 @@ def test_wrong_parts_are_refused_before_writing(tmp_path: Path) -> None:
     for parts_given, message in (
         (
             {"connector": "efficientnet-lite2"},
-            "no part 'connector' to take from a wheel; use tower or decoder",
+            "no part 'connector' to take from a wheel; use one of tower, decoder",
         ),
         ({"tower": "lite9"}, "there is no part called 'lite9'"),
     ):

@@ -141,10 +141,6 @@ class VqaRows(Source):
     def record(self, index: int) -> Record:
         question = read_values(self._file, 0, self._questions[index])
         note = read_values(self._file, 1, self._answers[int(self._answer_of[index])])
-        answer = note.get("multiple_choice_answer")
-        if answer is None:
-            counted = Counter(str(a["answer"]) for a in note.get("answers") or ()).most_common(1)
-            answer = counted[0][0] if counted else ""
         number = question.get("image_id")
         image = number
         if isinstance(number, int):
@@ -153,8 +149,17 @@ class VqaRows(Source):
             "id": question.get("question_id"),
             "image": image,
             "question": question.get("question"),
-            "answer": answer,
+            "answer": most_given(note),
         }
+
+
+def most_given(note: dict[str, Any]) -> Any:
+    """Return the answer of VQA's annotation that most people gave."""
+    answer = note.get("multiple_choice_answer")
+    if answer is None:
+        counted = Counter(str(a["answer"]) for a in note.get("answers") or ()).most_common(1)
+        answer = counted[0][0] if counted else ""
+    return answer
 
 
 def lists_in(path: Path) -> set[str]:

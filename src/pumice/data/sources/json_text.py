@@ -31,9 +31,11 @@ class JsonReader:
     JSON is ASCII, and a row's text is decoded as UTF-8 when the row is read.
     """
 
-    def __init__(self, file: BinaryIO, start: int = 0) -> None:
+    def __init__(self, file: BinaryIO, start: int = 0, *, decode: bool = False) -> None:
+        """decode: decode the texts of values as UTF-8 at once."""
         file.seek(start)
         self._file, self._text, self._start, self._at = file, "", start, 0
+        self._decode = decode
         self._parse = json.JSONDecoder().raw_decode
 
     @property
@@ -53,7 +55,10 @@ class JsonReader:
         self._at += 1
 
     def value(self) -> Any:
-        """Return the value that begins here, and move behind it. Raises ValueError where there is none."""
+        """Return the value that begins here, and move behind it. Raises ValueError where there is none.
+
+        Its texts are decoded as Latin-1, unless the reader decodes them.
+        """
         block = _BLOCK
         while True:
             try:
@@ -66,6 +71,8 @@ class JsonReader:
             else:
                 # A number at the very end of a block may go on in the next one.
                 if end < len(self._text) or not self._more(block):
+                    if self._decode and not (text := self._text[self._at : end]).isascii():
+                        value = json.loads(text.encode("latin-1"))
                     self._at = end
                     return value
             block *= 2  # so that a value of many blocks is not parsed once for each
@@ -84,14 +91,14 @@ class JsonReader:
             try:
                 value = self.value()
             except (ValueError, RecursionError) as error:
-                raise _broken_list(name, number + 1, self.offset) from error
+                raise _broken(f"'{name}', row {number + 1}: the JSON list", self.offset, error) from error
             number += 1
             yield start, self.offset, value
             following = self.peek()
             closed = following == "]"
             if not closed:
                 if following != ",":
-                    raise _broken_list(name, number, self.offset)
+                    raise _broken(f"'{name}', row {number}: the JSON list", self.offset)
                 self.skip()
                 self.peek()
         self.skip()
@@ -120,9 +127,7 @@ class JsonReader:
         except (ValueError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(
-                f"'{name}': the JSON object is malformed or cut off near byte {self.offset}; fix the file"
-            ) from error
+            raise _broken(f"'{name}': the JSON object", self.offset, error) from error
 
     def _more(self, size: int) -> bool:
         block = self._file.read(size)
@@ -278,7 +283,7 @@ def _list_spans(reader: JsonReader, name: str) -> Iterator[tuple[int, int]]:
         raise InputError(f"'{name}': more follows the end of the list, at byte {end}; fix the file")
 
 
-def _broken_list(name: str, number: int, byte: int) -> InputError:
-    return InputError(
-        f"'{name}', row {number}: the JSON list is malformed or cut off near byte {byte}; fix the file"
-    )
+def _broken(what: str, byte: int, error: Exception | None = None) -> InputError:
+    if isinstance(error, UnicodeDecodeError):
+        return InputError(f"{what} is not UTF-8 text near byte {byte}; save the file as UTF-8")
+    return InputError(f"{what} is malformed or cut off near byte {byte}; fix the file")

@@ -33,8 +33,9 @@ def interval_of(
 
 def draws(groups: Sequence[Hashable], samples: int, seed: int) -> Iterator[Weights]:
     """Yield the weights of the values in each of `samples` resamples of whole groups."""
-    member = _members(groups)
-    count = int(member.max()) + 1 if len(member) else 0
+    numbers: dict[Hashable, int] = {}
+    member = np.array([numbers.setdefault(g, len(numbers)) for g in groups], dtype=np.int64)
+    count = len(numbers)
     generator = np.random.default_rng(seed)
     for _ in range(samples if count else 0):
         times = np.bincount(generator.integers(count, size=count), minlength=count)
@@ -56,8 +57,3 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
         for k in range(fewer + 1)
     ]
     return min(1.0, 2 * math.fsum(math.exp(value) for value in log_probabilities))
-
-
-def _members(groups: Sequence[Hashable]) -> NDArray[np.int64]:
-    numbers: dict[Hashable, int] = {}
-    return np.array([numbers.setdefault(g, len(numbers)) for g in groups], dtype=np.int64)

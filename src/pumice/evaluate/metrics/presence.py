@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 
-from pumice.errors import InputError
+import numpy as np
+from numpy.typing import NDArray
 
 _NO = frozenset(["No", "not", "no"])  # POPE's list, without "NO": POPE reads that as yes
 _EITHER = re.compile(r"\b(yes|no|not)\b", re.IGNORECASE)
@@ -21,39 +20,28 @@ def means_yes(answer: str) -> bool:
     return _NO.isdisjoint(sentence.split(" "))
 
 
-@dataclass(frozen=True)
-class PresenceScore:
-    """Scores as fractions of 1; "yes" is the positive class. A ratio without cases is 0."""
-
-    questions: int
-    accuracy: float
-    precision: float
-    recall: float
-    f1: float
-    yes_rate: float  # share of answers that mean yes
-    unclear: float  # share of answers with neither yes, no nor not; POPE counts them as yes
+def is_unclear(answer: str) -> bool:
+    """Return whether an answer has neither yes, no nor not; POPE counts it as yes."""
+    return _EITHER.search(answer) is None
 
 
-def presence_score(answers: Sequence[str], truths: Sequence[bool]) -> PresenceScore:
-    """Score unchanged answers; truths[i] is whether the object is in the image.
+def presence_score(
+    predicted: NDArray[np.bool_], truth: NDArray[np.bool_], weights: NDArray[np.float64]
+) -> dict[str, float]:
+    """Return scores as fractions of 1; "yes" is the positive class. A ratio without cases is 0.
 
-    Raises InputError without answers, or where the number of truths differs.
+    predicted, truth: whether each answer says yes, and each object is in its image. weights: how often each
+    question counts.
     """
-    if len(answers) != len(truths) or not answers:
-        raise InputError(f"{len(answers)} answers for {len(truths)} questions; give one for each")
-    predicted = [means_yes(answer) for answer in answers]
-    hits = sum(yes and truth for yes, truth in zip(predicted, truths, strict=True))
-    right = sum(yes == truth for yes, truth in zip(predicted, truths, strict=True))
-    precision, recall = _ratio(hits, sum(predicted)), _ratio(hits, sum(truths))
-    return PresenceScore(
-        questions=len(answers),
-        accuracy=right / len(answers),
-        precision=precision,
-        recall=recall,
-        f1=_ratio(2 * precision * recall, precision + recall),
-        yes_rate=sum(predicted) / len(answers),
-        unclear=sum(_EITHER.search(answer) is None for answer in answers) / len(answers),
-    )
+    hits, said, present = (float((weights * yes).sum()) for yes in (predicted & truth, predicted, truth))
+    total = float(weights.sum())
+    return {
+        "f1": _ratio(2 * hits, said + present),
+        "accuracy": _ratio(float((weights * (predicted == truth)).sum()), total),
+        "yes rate": _ratio(said, total),
+        "precision": _ratio(hits, said),
+        "recall": _ratio(hits, present),
+    }
 
 
 def _ratio(part: float, total: float) -> float:

@@ -11,12 +11,11 @@ import numpy as np
 from pumice.evaluate.files import ImageFolders, read_json, read_rows, write_json
 from pumice.evaluate.metrics.captions import bleu, java_metrics, rouge_l
 from pumice.evaluate.metrics.cider import Cider
-from pumice.evaluate.task import Answered, Floats, Question, Score, Task, scores_by_category
+from pumice.evaluate.task import Answered, Question, Score, Task, mean_statistic, scores_by_category
 
 PROMPT = "Provide a one-sentence caption for the provided image."
-SPICE = (
-    "PUMICE_SPICE"  # environment variable: 1 also computes SPICE, whose Java program downloads large models
-)
+# An environment variable: 1 also computes SPICE, whose Java program downloads large models.
+SPICE = "PUMICE_SPICE"
 
 
 def caption_score(answered: Sequence[Answered]) -> Score:
@@ -35,14 +34,8 @@ def caption_score(answered: Sequence[Answered]) -> Score:
     parts = {"domain": domains} if domains else {}
     if len(answered) == 1:
         notes.append("one picture alone always has a CIDEr of 0")
-
-    cider_scores = np.array(cider)
-
-    def statistic(weights: Floats) -> float:
-        return 100 * float((weights * cider_scores).sum() / weights.sum())
-
     values: list[float | None] = [min(1.0, value / 10) for value in cider]
-    return Score(metrics | java, parts, values, statistic, notes)
+    return Score(metrics | java, parts, values, mean_statistic(cider), notes)
 
 
 class CaptionTask(Task):

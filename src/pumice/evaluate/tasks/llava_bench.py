@@ -9,7 +9,7 @@ import numpy as np
 
 from pumice.errors import InputError
 from pumice.evaluate.files import DataFile, ImageFolders, read_rows
-from pumice.evaluate.judge import JudgedTask, judge_notes
+from pumice.evaluate.judge import JudgedTask
 from pumice.evaluate.task import Answered, CategoryScore, Floats, Question, Score
 
 PROMPT_VERSION = "pumice-llava-bench-1"
@@ -78,8 +78,7 @@ class LlavaBench(JudgedTask):
                 context=meta["context"], question=meta["question"], reference=meta["answer"], answer=text
             )
             prompts.append((question.id, prompt))
-        replies = self.replies(prompts, temperature=0.0, max_tokens=1024)
-        pairs = [parse_scores(reply.text) if reply else None for reply in replies]
+        pairs, notes, judge = self.grade(prompts, parse_scores, temperature=0.0, max_tokens=1024)
         parsed = np.array([pair is not None for pair in pairs], dtype=np.float64)
         grades = np.array([pair or (0.0, 0.0) for pair in pairs]).reshape(-1, 2)
         kinds = np.array([question.meta["category"] for question, _ in answered])
@@ -90,7 +89,6 @@ class LlavaBench(JudgedTask):
             return 100 * float((w * grades[:, 1]).sum()) / reference if reference else float("nan")
 
         # 2. Compute the ratio, in all and by category; a reply without grades has weight 0.
-        unparsed = int((1 - parsed).sum())
         cells = {
             str(kind): CategoryScore(
                 relative((kinds == kind).astype(float)), int(((kinds == kind) * parsed).sum())
@@ -101,10 +99,9 @@ class LlavaBench(JudgedTask):
         if total := parsed.sum():
             metrics["grade"] = float((parsed * grades[:, 1]).sum() / total)
             metrics["grade_reference"] = float((parsed * grades[:, 0]).sum() / total)
-        metrics["unparsed"] = float(unparsed)
+        metrics["unparsed"] = float(judge["unparsed"])
         values: list[float | None] = [pair[1] / 10 if pair else None for pair in pairs]
-        judge = self.judge_summary(replies, unparsed, answered)
-        return Score(metrics, {"category": cells}, values, relative, judge_notes(unparsed), judge)
+        return Score(metrics, {"category": cells}, values, relative, notes, judge)
 
 
 class LlavaBenchCoco(LlavaBench):

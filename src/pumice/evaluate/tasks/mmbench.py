@@ -15,6 +15,7 @@ from pumice.evaluate.task import (
     Question,
     Score,
     Task,
+    add_unread,
     mean_percent,
     mean_score,
     mean_statistic,
@@ -90,25 +91,22 @@ class MMBench(Task):
         for (question, _), hit in zip(answered, right, strict=True):
             groups.setdefault(question.meta["group"], []).append(hit)
         # The first rotation in the file carries the circular score; the others have none.
-        circular_values: list[float | None] = []
-        counted: set[str] = set()
-        for question, _ in answered:
-            group = question.meta["group"]
-            circular_values.append(None if group in counted else float(all(groups[group])))
-            counted.add(group)
+        uncounted = dict(groups)
+        circular_values = [
+            float(all(hits)) if (hits := uncounted.pop(question.meta["group"], None)) else None
+            for question, _ in answered
+        ]
         first = [a for a, b in zip(answered, circular_values, strict=True) if b is not None]
         circular = [b for b in circular_values if b is not None]
         vanilla = [hit for (q, _), hit in zip(answered, right, strict=True) if int(q.id) < ROTATION]
-        unread = sum(letter is None for letter in letters)
-        notes = [f"{unread} answers name no option by the rules and count as wrong"] if unread else []
-        notes += options_note(answered)
+        notes = options_note(answered)
         if len(groups) == len(answered):
             notes.append("no question was asked in another rotation: this is not circular evaluation")
         categories = {"ability (l2)": "category", "ability": "ability"}
         score = mean_score(first, {"accuracy": circular}, categories, notes)
         score.metrics["accuracy_every_rotation"] = mean_percent(right)
         score.metrics["accuracy_first_order"] = mean_percent(vanilla)
-        score.metrics["unread"] = float(unread)
+        add_unread(score, letters.count(None), "name no option by the rules and count as wrong")
         score.values, score.statistic = list(right), mean_statistic(circular_values)
         return score
 

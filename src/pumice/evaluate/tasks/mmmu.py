@@ -13,7 +13,7 @@ from pumice.errors import InputError
 from pumice.evaluate.archives import read_table
 from pumice.evaluate.files import bytes_image, require_keys, write_json
 from pumice.evaluate.metrics.choice import mmmu_open_right, mmmu_option, parse_list
-from pumice.evaluate.task import LETTER, SHORT, Answered, Question, Score, Task, mean_score
+from pumice.evaluate.task import LETTER, SHORT, Answered, Question, Score, Task, add_unread, mean_score
 
 DOMAINS = {
     "Art and Design": "Art Art_Theory Design Music",
@@ -105,11 +105,10 @@ class MMMU(Task):
             unread += letter is None
             strict[number] = float(letter in truths)
             guessed[number] = float((letter or mmmu_option(text, options, random)) in truths)
-        note = f"{unread} answers name no option; a random one is counted, as in the original"
         categories = {"domain": "domain", "subject": "category", "difficulty": "difficulty"}
         metrics = {"accuracy": guessed, "accuracy_without_guessing": strict}
-        score = mean_score(answered, metrics, categories, [note] if unread else [])
-        score.metrics["unread"] = float(unread)
+        score = mean_score(answered, metrics, categories)
+        add_unread(score, unread, "name no option; a random one is counted, as in the original")
         return score
 
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:

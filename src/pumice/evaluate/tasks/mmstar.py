@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pumice.evaluate.files import OPTION_COLUMNS, base64_image, bytes_image, hidden_options, options
 from pumice.evaluate.metrics.choice import mmstar_right
-from pumice.evaluate.task import LETTER, Answered, Question, Score, Task, mean_score, options_note
+from pumice.evaluate.task import LETTER, Answered, Question, Score, Task, add_unread, mean_score, options_note
 
 
 class MMStar(Task):
@@ -45,8 +45,7 @@ class MMStar(Task):
     def score(self, answered: Sequence[Answered]) -> Score:
         values = [float(mmstar_right(text, question.meta["answer"])) for question, text in answered]
         unread = sum(not any(mmstar_right(text, letter) for letter in OPTION_COLUMNS) for _, text in answered)
-        notes = [f"{unread} answers begin with no option's letter and count as wrong"] if unread else []
-        notes += options_note(answered)
-        score = mean_score(answered, {"accuracy": values}, {"ability": "category", "part": "part"}, notes)
-        score.metrics["unread"] = float(unread)
+        categories = {"ability": "category", "part": "part"}
+        score = mean_score(answered, {"accuracy": values}, categories, options_note(answered))
+        add_unread(score, unread, "begin with no option's letter and count as wrong")
         return score

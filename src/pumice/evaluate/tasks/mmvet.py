@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from pumice.evaluate.files import ImageFolders, write_json
-from pumice.evaluate.judge import JudgedTask, judge_notes
-from pumice.evaluate.task import Answered, CategoryScore, Question, Score, mean_statistic
+from pumice.evaluate.judge import JudgedTask
+from pumice.evaluate.task import Answered, Question, Score, mean_statistic, scores_by_category
 
 PROMPT_VERSION = "pumice-mmvet-1"
 PROMPT = (Path(__file__).parent / "mmvet.txt").read_text(encoding="utf-8")
@@ -58,27 +58,15 @@ class MMVet(JudgedTask):
             (q.id, PROMPT.format(question=q.meta["question"], truth=q.meta["answer"], answer=text))
             for q, text in answered
         ]
-        replies = self.replies(prompts, temperature=0.0, max_tokens=8)
-        grades = [parse_grade(reply.text) if reply else None for reply in replies]
+        grades, notes, judge = self.grade(prompts, parse_grade, temperature=0.0, max_tokens=8)
         statistic = mean_statistic(grades)
-
         # 2. Average the grades by ability and by combination of abilities.
-        def cells(groups: Sequence[Sequence[str]]) -> dict[str, CategoryScore]:
-            scores = {}
-            for name in dict.fromkeys(name for names in groups for name in names):
-                members = np.array([name in names for names in groups], dtype=np.float64)
-                graded = sum(g is not None for g, names in zip(grades, groups, strict=True) if name in names)
-                scores[name] = CategoryScore(statistic(members), graded)
-            return scores
-
         parts = {
-            "ability": cells([question.meta["abilities"] for question, _ in answered]),
-            "abilities together": cells([[question.meta["category"]] for question, _ in answered]),
+            "ability": scores_by_category(answered, grades, "abilities"),
+            "abilities together": scores_by_category(answered, grades, "category"),
         }
-        unparsed = sum(grade is None for grade in grades)
-        metrics = {"total": statistic(np.ones(len(answered))), "unparsed": float(unparsed)}
-        judge = self.judge_summary(replies, unparsed, answered)
-        return Score(metrics, parts, list(grades), None, judge_notes(unparsed), judge)
+        metrics = {"total": statistic(np.ones(len(answered))), "unparsed": float(judge["unparsed"])}
+        return Score(metrics, parts, grades, None, notes, judge)
 
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
         """Write the file that MM-Vet's own evaluator reads."""

@@ -30,9 +30,9 @@ from pumice.evaluate.files import DataFile, ImageFile, read_rows, search
 from pumice.evaluate.metrics.boxes import best_iou, is_right
 from pumice.evaluate.metrics.captions import rouge_l
 from pumice.evaluate.metrics.choice import infer_option
-from pumice.evaluate.metrics.presence import means_yes
+from pumice.evaluate.metrics.presence import is_unclear, means_yes
 from pumice.evaluate.metrics.vqa import lower_without_period, normalize_m4c, textvqa_accuracy
-from pumice.evaluate.task import Answered, Question, Score, Task, mean_score
+from pumice.evaluate.task import Answered, Question, Score, Task, add_unread, mean_score
 from pumice.explain.words import UNSPACED
 from pumice.geometry import Size
 from pumice.images import image_size
@@ -77,7 +77,6 @@ _NOT = (
     r"(?:\s+(?i:option|answer|choice|letter)\b)?\s*[\"'“”’`(\[{*$]{0,3}"
 )
 _IS_WRONG = r"\s+(?:(?:is|was|can|would\s+be)(?:n['’]t|\s+(?:not|wrong|incorrect|false))|cannot)\b"
-_YES_OR_NO = re.compile(r"\b(yes|no|not)\b", re.IGNORECASE)
 
 
 def _plain(text: str) -> str:
@@ -171,7 +170,7 @@ UNREAD: dict[str, tuple[Callable[[str, Any], bool], str]] = {
         "name no option and count as wrong",
     ),
     "box": (lambda text, meta: not meta["box_map"].find(text), "hold no box and count as wrong"),
-    "yes_no": (lambda text, _: _YES_OR_NO.search(text) is None, "say neither yes nor no and count as yes"),
+    "yes_no": (lambda text, _: is_unclear(text), "say neither yes nor no and count as yes"),
 }
 
 
@@ -221,9 +220,7 @@ class OwnFile(Task):
         for name, (is_unread, outcome) in UNREAD.items():
             texts = [(text, question.meta) for question, text in answered if question.meta["metric"] == name]
             if texts:
-                unread = sum(is_unread(text, meta) for text, meta in texts)
-                score.metrics["unread"] = score.metrics.get("unread", 0.0) + unread
-                score.notes += [f"{unread} answers {outcome}"] if unread else []
+                add_unread(score, sum(is_unread(text, meta) for text, meta in texts), outcome)
         if any(question.meta["metric"] == "box" for question, _ in answered):
             score.notes.append(self.box_note())
         return score

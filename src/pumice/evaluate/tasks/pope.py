@@ -16,7 +16,7 @@ import numpy as np
 
 from pumice.errors import InputError
 from pumice.evaluate.files import DataFile, ImageFolders, read_rows, search
-from pumice.evaluate.metrics.presence import means_yes, presence_score
+from pumice.evaluate.metrics.presence import is_unclear, means_yes, presence_score
 from pumice.evaluate.task import SHORT, Answered, CategoryScore, Floats, Question, Score, Task
 
 KINDS = ("adversarial", "popular", "random")
@@ -59,26 +59,22 @@ class Pope(Task):
         kinds = np.array([question.meta["category"] for question, _ in answered])
         present = [kind for kind in KINDS if (kinds == kind).any()]
 
+        def scores(kind: str, weights: Floats) -> dict[str, float]:
+            return presence_score(predicted, truth, weights * (kinds == kind))
+
         def f1(weights: Floats) -> float:
-            scores = []
-            for kind in present:
-                w = weights * (kinds == kind)
-                hits, wrong = (w * (predicted & truth)).sum(), (w * (predicted != truth)).sum()
-                scores.append(2 * hits / (2 * hits + wrong) if hits else 0.0)
-            return 100 * float(np.mean(scores))
+            return 100 * float(np.mean([scores(kind, weights)["f1"] for kind in present]))
 
         # 2. Score each kind of sampling.
         cells: dict[str, dict[str, CategoryScore]] = {"f1": {}, "accuracy": {}, "yes rate": {}}
-        metrics = {"f1": f1(np.ones(len(answered)))}
-        unclear = 0.0
+        ones = np.ones(len(answered))
+        metrics = {"f1": f1(ones)}
         for kind in present:
-            texts = [text for (question, text) in answered if question.meta["category"] == kind]
-            part = presence_score(texts, [bool(t) for t in truth[kinds == kind]])
-            unclear += part.unclear * part.questions
-            for title, value in (("f1", part.f1), ("accuracy", part.accuracy), ("yes rate", part.yes_rate)):
-                cells[title][kind] = CategoryScore(100 * value, part.questions)
-            metrics[f"precision_{kind}"] = 100 * part.precision
-            metrics[f"recall_{kind}"] = 100 * part.recall
+            part = scores(kind, ones)
+            for title, by_kind in cells.items():
+                by_kind[kind] = CategoryScore(100 * part[title], int((kinds == kind).sum()))
+            for name in ("precision", "recall"):
+                metrics[f"{name}_{kind}"] = 100 * part[name]
         for title, name in (("accuracy", "accuracy"), ("yes rate", "yes_rate")):
             metrics[name] = float(np.mean([cell.value for cell in cells[title].values()]))
         # 3. Note what differs from a full run of the original.
@@ -87,10 +83,8 @@ class Pope(Task):
             notes.append(f"only {', '.join(present)} of {len(KINDS)} kinds of questions are answered")
         if not predicted.any():
             notes.append("every answer says no; F1 is 0 where the original divides by zero")
-        if unclear:
-            notes.append(
-                f"{round(unclear)} answers hold neither yes nor no and count as yes, as in the original"
-            )
+        if unclear := sum(is_unclear(text) for _, text in answered):
+            notes.append(f"{unclear} answers hold neither yes nor no and count as yes, as in the original")
         return Score(metrics, cells, [float(v) for v in predicted == truth], statistic=f1, notes=notes)
 
 

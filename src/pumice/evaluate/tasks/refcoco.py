@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 
 from pumice.boxes import Box
 from pumice.data.objects import WHERE
-from pumice.errors import InputError
+from pumice.errors import InputError, official
 from pumice.evaluate.files import DataFile, ImageFolders, read_json, require_keys
 from pumice.evaluate.metrics.boxes import best_iou, is_right
-from pumice.evaluate.task import Answered, Question, Score, Task, mean_score
+from pumice.evaluate.task import Answered, Question, Score, Task, add_unread, mean_score
 from pumice.storage.plain_pickle import read_plain_pickle
 
 FOLDERS = ("train2014", "images/train2014", "images/mscoco/images/train2014")
@@ -46,17 +46,16 @@ class RefCoco(Task):
         beside = f"{self.name}/instances.json"
         instances = self.locate(data, beside, "instances.json") if file.member else _beside(file)
         values = read_json(instances, "images", "annotations")
-        try:
+        with official(lambda: f"'{instances}', images with id, annotations with id and bbox"):
             boxes = {note["id"]: note["bbox"] for note in values["annotations"]}
             pictures = {image["id"]: image for image in values["images"]}
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"'{instances}' does not list images with their id, and annotations with id and bbox "
-                f"({type(error).__name__}, {error}); is this the official file?"
-            ) from error
         images = ImageFolders(data, *FOLDERS)
         if not isinstance(refs, list):
             raise InputError(f"'{file}' holds no list of refs; is this the official file?")
+
+        def where() -> str:
+            return f"'{file}', ref {number}, its sentences, picture and box"
+
         # 2. A question for each sentence about a thing.
         for number, ref in enumerate(refs, 1):
             require_keys(
@@ -64,7 +63,7 @@ class RefCoco(Task):
             )
             if ref["split"] != split:
                 continue
-            try:
+            with official(where):
                 picture, corners = pictures.get(ref["image_id"]), boxes.get(ref["ann_id"])
                 if picture is None or corners is None:
                     raise InputError(
@@ -72,13 +71,6 @@ class RefCoco(Task):
                         f"{ref['ann_id']}, which '{instances}' does not have; give the one beside it"
                     )
                 asked = _questions(ref, picture, corners, images)
-            except InputError:  # which is a ValueError, too
-                raise
-            except (KeyError, TypeError, ValueError) as error:
-                raise InputError(
-                    f"'{file}', ref {number}: its sentences, picture or box are not of their form "
-                    f"({type(error).__name__}, {error}); are these the official files?"
-                ) from error
             yield from asked
 
     def score(self, answered: Sequence[Answered]) -> Score:
@@ -87,11 +79,8 @@ class RefCoco(Task):
             for question, text in answered
         ]
         metrics = {"accuracy": [is_right(iou) for iou in ious], "mean_iou": [iou or 0.0 for iou in ious]}
-        notes = [self.box_note()]
-        if unread := sum(iou is None for iou in ious):
-            notes.append(f"{unread} answers hold no box and count as wrong")
-        score = mean_score(answered, metrics, notes=notes)
-        score.metrics["unread"] = unread
+        score = mean_score(answered, metrics, notes=[self.box_note()])
+        add_unread(score, ious.count(None), "hold no box and count as wrong")
         return score
 
 

@@ -21,6 +21,7 @@ from pumice.evaluate.task import (
     Question,
     Score,
     Task,
+    add_unread,
     mean_percent,
     mean_score,
     mean_statistic,
@@ -82,12 +83,11 @@ class ScienceQA(Task):
             value if question.images else None for value, (question, _) in zip(values, answered, strict=True)
         ]
         image_values = [value for value in with_image if value is not None]
-        unread = sum(option < 0 for option in options)
-        notes = [f"{unread} answers name no option and count as wrong"] if unread else []
         categories = {"modality": "category", "subject": "subject", "grade": "grade"}
-        score = mean_score(answered, {"accuracy": values}, categories, notes)
+        score = mean_score(answered, {"accuracy": values}, categories)
         image_accuracy = mean_percent(image_values) if image_values else float("nan")
-        score.metrics = {"image_accuracy": image_accuracy, **score.metrics, "unread": float(unread)}
+        score.metrics = {"image_accuracy": image_accuracy, **score.metrics}
+        add_unread(score, options.count(-1), "name no option and count as wrong")
         score.statistic = mean_statistic(with_image)
         return score
 

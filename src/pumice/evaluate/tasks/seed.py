@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pumice.evaluate.files import ImageFolders, read_json, read_rows
-from pumice.evaluate.task import LETTER, Answered, Question, Score, Task, mean_percent, mean_score
+from pumice.evaluate.task import LETTER, Answered, Question, Score, Task, add_unread, mean_percent, mean_score
 from pumice.files import replacing
 
 
@@ -54,13 +54,12 @@ class SeedBench(Task):
         values = [float(text == question.meta["answer"]) for question, text in answered]
         loose = [float(text.strip()[:1].upper() == question.meta["answer"]) for question, text in answered]
         unread = sum(text not in tuple("ABCD") for _, text in answered)
-        note = f"{unread} answers are no letter alone and count as wrong, as in the original"
         categories = {"kind": "kind", "ability": "category"}
-        score = mean_score(answered, {"accuracy": values}, categories, [note] if unread else [])
+        score = mean_score(answered, {"accuracy": values}, categories)
         kinds = score.categories["kind"].items()
         score.metrics |= {f"accuracy_{name}": cell.value for name, cell in kinds}
         score.metrics["accuracy_first_letter"] = mean_percent(loose)
-        score.metrics["unread"] = float(unread)
+        add_unread(score, unread, "are no letter alone and count as wrong, as in the original")
         return score
 
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:

@@ -17,7 +17,7 @@ from pumice.formats.families import FAMILIES, INTERLEAVED
 from pumice.formats.gguf.file import PLAIN, GgufFile, kind_name
 from pumice.formats.gguf.metadata import check_metadata
 from pumice.formats.gguf.tokenizer import tokenizer_files
-from pumice.formats.text.files import TokenizerFiles
+from pumice.formats.text.read import TextSide
 from pumice.kernels.packed import BlockFormat, PackedMatrix, from_blocks
 from pumice.model.layers import rope_inv_freq
 from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor
@@ -25,6 +25,11 @@ from pumice.tokens import Tokenizer
 
 # The divisors of the rotary frequencies, which only Llama 3 has.
 _FACTORS = "rope_freqs.weight"
+# Sizes of DecoderConfig -> their keys, behind the name of the architecture.
+DECODER_KEYS = {
+    "context": "context_length", "width": "embedding_length", "depth": "block_count",
+    "mlp_width": "feed_forward_length", "heads": "attention.head_count",
+}  # fmt: skip
 # Metadata with which other decoders scale or cap a part of their computation, or choose between experts.
 _OF_OTHER_DECODERS = (
     "embedding_scale", "residual_scale", "logit_scale", "attention.scale", "attn_logit_softcapping",
@@ -38,8 +43,7 @@ class GgufModel:
 
     config: DecoderConfig
     state: LazyStateDict
-    text: TokenizerFiles
-    stop_ids: tuple[int, ...] = ()  # the tokens that the file says to end an answer
+    text: TextSide
 
 
 def open_gguf(source: str | PathLike[str] | GgufFile) -> GgufModel:
@@ -58,7 +62,7 @@ def open_gguf(source: str | PathLike[str] | GgufFile) -> GgufModel:
         raise InputError(f"{file.path} has {tokens} tokens, but embeddings of {config.vocab_size} only")
     ends = (file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
     stop_ids = tuple(dict.fromkeys(number for number in ends if number is not None))
-    return GgufModel(config, _state(file, config), text, stop_ids)
+    return GgufModel(config, _state(file, config), TextSide(text, stop_ids))
 
 
 def decoder_config(file: GgufFile) -> DecoderConfig:
@@ -86,7 +90,8 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
                 f"{file.path}: {kind}.{key} is {metadata[f'{kind}.{key}']}, which Pumice does not compute"
             )
     # 2. Rotary positions: refuse what our decoder does not compute.
-    width, heads = value("embedding_length"), value("attention.head_count")
+    sizes = {name: value(key) for name, key in DECODER_KEYS.items()}
+    width, heads = sizes["width"], sizes["heads"]
     head_dim = value("attention.key_length", width // heads)
     if value("rope.dimension_count", head_dim) != head_dim:
         raise InputError(
@@ -105,13 +110,9 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
     with naming(str(file.path)):
         config = DecoderConfig(
             vocab_size=file.infos["token_embd.weight"].shape[0],
-            width=width,
-            depth=value("block_count"),
-            heads=heads,
+            **sizes,
             kv_heads=value("attention.head_count_kv", heads),
             head_dim=head_dim,
-            mlp_width=value("feed_forward_length"),
-            context=value("context_length"),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             norm_eps=shortest(value("attention.layer_norm_rms_epsilon")),

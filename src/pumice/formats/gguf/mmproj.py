@@ -18,6 +18,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,12 +29,17 @@ from pumice.formats.gguf.file import GgufFile
 from pumice.formats.gguf.llm import lazy_tensor, shortest
 from pumice.formats.hf.config import padding
 from pumice.storage.json_file import Keys
-from pumice.storage.tensors import LazyStateDict, LazyTensor, as_lazy
+from pumice.storage.tensors import LazyStateDict, as_lazy
 
 ARCHITECTURE = "clip"
 # What Pumice's own files say in one key, as JSON, because llama.cpp has no key for it.
 OWN_KEY = "pumice.vision"
 CLASS_TOKENS = ("first", "shifted")  # where the positions of a CLIP expect it; see `gguf.write.write`
+# Sizes of VisionConfig -> their keys, behind "clip.vision.".
+TOWER_KEYS = {
+    "image_size": "image_size", "stride": "patch_size", "width": "embedding_length",
+    "mlp_width": "feed_forward_length", "depth": "block_count", "heads": "attention.head_count",
+}  # fmt: skip
 _LEGACY = "clip.has_llava_projector"
 _NEWLINES = ("v.image_newline", "model.image_newline")
 _UNUSED = "v.head."  # SigLIP's pooling, which a LLaVA does not need
@@ -135,7 +141,8 @@ def _check_projector(file: GgufFile, keys: Keys) -> None:
 def _vision(file: GgufFile, keys: Keys, legacy: bool, notes: list[str]) -> VisionConfig:
     """Read the tower's sizes, its activation and the hidden state that is its feature."""
     kind = "clip" if "v.class_embd" in file.infos else "siglip"
-    depth = keys.get("clip.vision.block_count", int)
+    sizes: dict[str, Any] = {name: keys.get(f"clip.vision.{key}", int) for name, key in TOWER_KEYS.items()}
+    depth = sizes["depth"]
     # 1. Which hidden state.
     layers = keys.get("clip.vision.feature_layer", list, [])
     if len(layers) > 1:
@@ -172,12 +179,7 @@ def _vision(file: GgufFile, keys: Keys, legacy: bool, notes: list[str]) -> Visio
             )
         return VisionConfig(
             kind=kind,
-            image_size=keys.get("clip.vision.image_size", int),
-            width=keys.get("clip.vision.embedding_length", int),
-            stride=keys.get("clip.vision.patch_size", int),
-            depth=depth,
-            heads=keys.get("clip.vision.attention.head_count", int),
-            mlp_width=keys.get("clip.vision.feed_forward_length", int),
+            **sizes,
             activation=activation,
             norm_eps=shortest(keys.get("clip.vision.attention.layer_norm_epsilon", float)),
             layer=state - depth - 1,
@@ -247,13 +249,8 @@ def _state(
     # The script drops dimensions of 1; a class token has one, its width.
     for name in ("tower.class_token", "image_newline"):
         if name in state:
-            state[name] = _flat(state[name])
+            tensor = state[name]
+            state[name] = tensor.map(torch.Tensor.flatten, (math.prod(tensor.shape),))
     # No file has the final norm, which is never computed; our tower has it.
     ones = {"weight": torch.ones, "bias": torch.zeros}
     return state | {f"tower.post_norm.{part}": as_lazy(make(vision.width)) for part, make in ones.items()}
-
-
-def _flat(tensor: LazyTensor) -> LazyTensor:
-    if len(tensor.shape) == 1:
-        return tensor
-    return tensor.map(torch.Tensor.flatten, (math.prod(tensor.shape),))

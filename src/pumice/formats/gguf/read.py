@@ -11,7 +11,6 @@ from pumice.formats.families import FAMILIES
 from pumice.formats.gguf.file import GgufFile
 from pumice.formats.gguf.llm import open_gguf
 from pumice.formats.gguf.mmproj import ARCHITECTURE, read_mmproj
-from pumice.formats.text.read import TextSide
 from pumice.storage.parts import LoadedParts
 
 
@@ -43,16 +42,15 @@ def open_pair(path: Path, mmproj: Path | None = None, template: str | None = Non
     if seeing is not None:
         parts = {name: getattr(seeing, name) for name in ("vision", "connector", "image", "image_wrap")}
         fallback, notes = FAMILIES["llama"].template, seeing.notes
-    text = TextSide(llm.text, llm.stop_ids)
     label = str(llm_file.path)
-    config, assumed = text.model_config(template, label, fallback=fallback, decoder=llm.config, **parts)
+    config, assumed = llm.text.model_config(template, label, fallback=fallback, decoder=llm.config, **parts)
     if fallback is not None and assumed:
         assumed = (*assumed, "--template names another")
     # 3. The tensors, which are read later.
     state = {f"decoder.{name}": tensor for name, tensor in llm.state.items()}
     sources = {} if mmproj is None else {"mmproj": (str(mmproj), mmproj)}
     state |= {} if seeing is None else seeing.state
-    return text.parts(config, state, (*assumed, *notes), sources=sources)
+    return llm.text.parts(config, state, (*assumed, *notes), sources=sources)
 
 
 def gguf_files(path: Path, mmproj: Path | None) -> tuple[GgufFile, GgufFile | None]:

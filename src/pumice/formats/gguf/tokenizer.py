@@ -60,7 +60,7 @@ def build_tokenizer(metadata: dict[str, Any], label: str) -> Tokenizer:
     # 2. A byte-level BPE.
     tokens = _needed(metadata, "tokenizer.ggml.tokens", label)
     unknown = metadata.get("tokenizer.ggml.unknown_token_id")
-    merges = [_pair(merge) for merge in _needed(metadata, "tokenizer.ggml.merges", label)]
+    merges = [merge.partition(" ")[::2] for merge in _needed(metadata, "tokenizer.ggml.merges", label)]
     try:
         model = models.BPE(
             vocab={token: i for i, token in enumerate(tokens)},
@@ -108,11 +108,6 @@ def _needed(metadata: dict[str, Any], key: str, label: str) -> list[str]:
         raise InputError(f"{label} does not say {key}, so it holds no whole tokenizer")
     values: list[str] = metadata[key]
     return values
-
-
-def _pair(merge: str) -> tuple[str, str]:
-    left, _, right = merge.partition(" ")
-    return left, right
 
 
 def _byte_level() -> pre_tokenizers.PreTokenizer:

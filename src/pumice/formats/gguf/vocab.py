@@ -21,16 +21,20 @@ def write_vocabulary(writer: Any, config: ModelConfig, tokenizer: Tokenizer) -> 
     if model.get("type") != "BPE":
         raise InputError(f"the tokenizer is a {model.get('type')}; llama.cpp gets byte-pair encodings only")
     tokens, kinds = _tokens(tokenizer, values, config.decoder.vocab_size)
-    merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    merges = list(map(tuple, model["merges"]))
     if model.get("byte_fallback"):
         writer.add_string("tokenizer.ggml.model", "llama")
         writer.add_string("tokenizer.ggml.pre", "default")
         writer.add_array("tokenizer.ggml.tokens", tokens)
         writer.add_array("tokenizer.ggml.scores", _scores(tokens, kinds, merges))
-        writer.add_bool("tokenizer.ggml.add_space_prefix", _begins_with_space(tokenizer))
+        first = tokenizer.encode("a", add_special_tokens=False).tokens[:1]
+        writer.add_bool("tokenizer.ggml.add_space_prefix", "".join(first).startswith(SPACE))
     else:
+        if (name := pre_tokenizer_name(values)) is None:
+            known = ", ".join(PRE_TOKENIZERS)
+            raise InputError(f"llama.cpp has no name for how the tokenizer splits words; known are {known}")
         writer.add_string("tokenizer.ggml.model", "gpt2")
-        writer.add_string("tokenizer.ggml.pre", _pre_tokenizer(values))
+        writer.add_string("tokenizer.ggml.pre", name)
         writer.add_array("tokenizer.ggml.tokens", tokens)
         writer.add_array("tokenizer.ggml.merges", [f"{left} {right}" for left, right in merges])
     writer.add_array("tokenizer.ggml.token_type", kinds)
@@ -70,9 +74,7 @@ def _scores(tokens: list[str], kinds: list[int], merges: list[tuple[str, ...]]) 
 
     Only their order counts. Raises InputError if the merges are not those that SentencePiece would use.
     """
-    ranks: dict[str, int] = {}
-    for rank, pair in enumerate(merges):
-        ranks.setdefault("".join(pair), rank)
+    ranks = {"".join(pair): rank for rank, pair in reversed(list(enumerate(merges)))}
     # SentencePiece merges any two tokens that make a third, so each such pair must be in the list of merges.
     indivisible = {token for token, kind in zip(tokens, kinds, strict=True) if kind in (NORMAL, USER_DEFINED)}
     listed = set(merges)
@@ -87,21 +89,6 @@ def _scores(tokens: list[str], kinds: list[int], merges: list[tuple[str, ...]]) 
                     )
     lowest = float(-len(merges))
     return [-float(ranks[token]) if token in ranks else lowest for token in tokens]
-
-
-def _begins_with_space(tokenizer: Tokenizer) -> bool:
-    """Return whether the tokenizer puts a space before the first word."""
-    plain = tokenizer.encode("a", add_special_tokens=False).tokens
-    return bool(plain) and plain[0].startswith(SPACE)
-
-
-def _pre_tokenizer(values: dict[str, Any]) -> str:
-    """Return llama.cpp's name for how this tokenizer splits words. Raises InputError if it has none."""
-    if (name := pre_tokenizer_name(values)) is not None:
-        return name
-    raise InputError(
-        f"llama.cpp has no name for how the tokenizer splits words; known are {', '.join(PRE_TOKENIZERS)}"
-    )
 
 
 def pre_tokenizer_name(values: dict[str, Any]) -> str | None:

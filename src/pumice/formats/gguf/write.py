@@ -29,12 +29,13 @@ from pumice.config import (
     ModelConfig,
     VisionConfig,
 )
-from pumice.errors import InputError, WorkError
+from pumice.errors import InputError, WorkError, check_known
 from pumice.formats import names as tensor_names
 from pumice.formats.families import FAMILIES, INTERLEAVED
 from pumice.formats.gguf.file import GgufFile, kind_name
 from pumice.formats.gguf.library import llama_library
-from pumice.formats.gguf.mmproj import CLASS_TOKENS, OWN_KEY, own_values
+from pumice.formats.gguf.llm import DECODER_KEYS
+from pumice.formats.gguf.mmproj import CLASS_TOKENS, OWN_KEY, TOWER_KEYS, own_values
 from pumice.formats.gguf.vocab import write_vocabulary
 from pumice.formats.hf.config import WRITTEN
 from pumice.formats.hf.refusal import connector_refusal, tower_refusal
@@ -116,10 +117,8 @@ def write(
     that every patch has its own; the first patch is lost there. Raises InputError.
     """
     kind, tower_kind = kind.lower(), None if tower_kind is None else tower_kind.lower()
-    for name, options in ((kind, TYPES), (tower_kind, (None, *TOWER_TYPES)), (class_token, CLASS_TOKENS)):
-        if name not in options:
-            listed = ", ".join(filter(None, options))
-            raise InputError(f"there is no {name!r} among the options of GGUF; use one of {listed}")
+    for name, options in ((kind, TYPES), (tower_kind or "f16", TOWER_TYPES), (class_token, CLASS_TOKENS)):
+        check_known(name, options, f"there is no {name!r} among the options of GGUF")
     if class_token == "shifted" and model.config.vision.kind != "clip":
         raise InputError(
             f"class_token shifted is for a CLIP; a tower of kind {model.config.vision.kind!r} has no class "
@@ -203,11 +202,8 @@ def _describe_llm(writer: Any, config: ModelConfig, tokenizer: Tokenizer, kind: 
     context = min(decoder.context, decoder.sliding_window or decoder.context)
     numbers = {
         "vocab_size": decoder.vocab_size,
+        **{key: getattr(decoder, name) for name, key in DECODER_KEYS.items()},
         "context_length": context,
-        "embedding_length": decoder.width,
-        "block_count": decoder.depth,
-        "feed_forward_length": decoder.mlp_width,
-        "attention.head_count": decoder.heads,
         "attention.head_count_kv": decoder.kv_heads,
         "attention.key_length": decoder.head_dim,
         "attention.value_length": decoder.head_dim,
@@ -243,15 +239,8 @@ def marked(chat: str, wrap: tuple[str, str] | None = None) -> str:
 
 def _describe_tower(writer: Any, config: ModelConfig, kind: str, class_token: str) -> None:
     vision = config.vision
-    numbers = {
-        "image_size": vision.image_size,
-        "patch_size": vision.stride,
-        "embedding_length": vision.width,
-        "feed_forward_length": vision.mlp_width,
-        "block_count": vision.depth,
-        "attention.head_count": vision.heads,
-        "projection_dim": config.decoder.width,
-    }
+    numbers = {key: getattr(vision, name) for name, key in TOWER_KEYS.items()}
+    numbers["projection_dim"] = config.decoder.width
     writer.add_string("general.type", "mmproj")
     writer.add_uint32("general.file_type", TYPES[kind])
     writer.add_bool("clip.has_vision_encoder", True)

@@ -33,6 +33,17 @@ WRITTEN = {
     ChatFormat: fields(f"{CHAT} {PICTURED}"),
     LoraConfig: fields(LORA),
 }
+# Sizes of our configs -> their keys in transformers.
+DECODER_KEYS = {
+    "vocab_size": "vocab_size", "width": "hidden_size", "mlp_width": "intermediate_size",
+    "depth": "num_hidden_layers", "heads": "num_attention_heads", "context": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+}  # fmt: skip
+VISION_KEYS = {
+    "width": "hidden_size", "mlp_width": "intermediate_size", "depth": "num_hidden_layers",
+    "heads": "num_attention_heads", "image_size": "image_size", "stride": "patch_size",
+    "norm_eps": "layer_norm_eps",
+}  # fmt: skip
 # transformers' name of a tower's activation -> ours.
 ACTIVATIONS = {
     "quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"
@@ -90,8 +101,8 @@ def decoder_config(source: Keys, tied: bool | None = None) -> DecoderConfig:
                 "to null if the model was trained without it"
             )
     # 3. Sizes. Some configs leave head_dim out, or set it to null, when the heads divide the width.
-    width, heads = keys.get("hidden_size", int), keys.get("num_attention_heads", int)
-    depth, context = keys.get("num_hidden_layers", int), keys.get("max_position_embeddings", int)
+    sizes = _sizes(keys, DECODER_KEYS)
+    width, heads, depth, context = (sizes[name] for name in ("width", "heads", "depth", "context"))
     if (head_dim := _nullable(keys, "head_dim")) is None:
         if width % heads:
             raise InputError(f"{keys.label}: hidden_size {width} is no multiple of {heads} heads")
@@ -112,17 +123,11 @@ def decoder_config(source: Keys, tied: bool | None = None) -> DecoderConfig:
     fields = family.fields | gemma | {"window_pattern": pattern}
     with naming(keys.label):
         return DecoderConfig(
-            vocab_size=keys.get("vocab_size", int),
-            width=width,
-            depth=depth,
-            heads=heads,
+            **sizes,
             kv_heads=heads if kv_heads is None else kv_heads,
             head_dim=head_dim,
-            mlp_width=keys.get("intermediate_size", int),
-            context=context,
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            norm_eps=keys.get("rms_norm_eps", float),
             tied_head=keys.get("tie_word_embeddings", bool, default_tied) if tied is None else tied,
             sliding_window=window,
             activation=activation,
@@ -147,21 +152,13 @@ def vision_config(source: Keys, kind: str | None = None, **choices: Any) -> Visi
     keys.only("num_channels", (3,), 3)
     if tower_kind == "siglip":
         choices = {"select": "full"} | choices
-    size, patch = keys.get("image_size", int), keys.get("patch_size", int)
+    sizes = _sizes(keys, VISION_KEYS)
+    size, patch = sizes["image_size"], sizes["stride"]
     if not 0 < patch <= size:
         raise InputError(f"{keys.label}: a patch_size of {patch} does not fit into an image_size of {size}")
     with naming(keys.label):
         return VisionConfig(
-            kind=tower_kind,
-            image_size=size,
-            width=keys.get("hidden_size", int),
-            stride=patch,
-            depth=keys.get("num_hidden_layers", int),
-            heads=keys.get("num_attention_heads", int),
-            mlp_width=keys.get("intermediate_size", int),
-            activation=keys.only("hidden_act", ACTIVATIONS, None),
-            norm_eps=keys.get("layer_norm_eps", float),
-            **choices,
+            kind=tower_kind, activation=keys.only("hidden_act", ACTIVATIONS, None), **sizes, **choices
         )
 
 
@@ -220,12 +217,14 @@ def image_policy(keys: Keys, vision: VisionConfig) -> ImagePolicy:
             f"the tower takes {vision.image_size}"
         )
     # 3. With shortest_edge alone, a picture keeps its aspect ratio and is not square.
-    shortest = isinstance(keys.values.get("size"), dict) and "shortest_edge" in keys.values["size"]
-    if shortest and not crop and not pad:
+    size = keys.values.get("size")
+    named = size if isinstance(size, dict) else {}
+    if "shortest_edge" in named and not crop and not pad:
         raise InputError(f"{keys.label}: shortest_edge without do_center_crop does not make pictures square")
     with naming(keys.label):
         return ImagePolicy(
-            mode="pad" if pad else "crop" if crop and _crops(keys) else "squash",
+            # Resizing to a height and a width leaves nothing to crop.
+            mode="pad" if pad else "crop" if crop and "height" not in named else "squash",
             mean=mean,
             std=std,
             resample=keys.only("resample", RESAMPLE, 3),
@@ -254,6 +253,16 @@ def check_unquantised(keys: Keys) -> None:
             f"{keys.label}: quantization_config says that the weights are quantised by {method}; "
             "give the checkpoint that was quantised"
         )
+
+
+def _sizes(keys: Keys, names: dict[str, str]) -> dict[str, Any]:
+    """Read the sizes of a config. names: field -> key."""
+    return {name: keys.get(key, float if name == "norm_eps" else int) for name, key in names.items()}
+
+
+def stored_sizes(config: DecoderConfig | VisionConfig, names: dict[str, str]) -> dict[str, Any]:
+    """Return the sizes of a config by the keys of transformers. names: field -> key."""
+    return {key: getattr(config, name) for name, key in names.items()}
 
 
 def _nullable(keys: Keys, key: str, kind: type[_Number] = int) -> _Number | None:
@@ -355,9 +364,3 @@ def _sides(keys: Keys, key: str, default: int) -> set[int]:
     if not sides or not all(isinstance(side, int) for side in sides):
         raise InputError(f"{keys.label}: {key} should be one or two numbers of pixels, not {shorten(value)}")
     return set(sides)
-
-
-def _crops(keys: Keys) -> bool:
-    """Return whether resizing leaves anything to crop. A size of height and width leaves nothing."""
-    size = keys.values.get("size")
-    return not (isinstance(size, dict) and "height" in size)

@@ -32,7 +32,14 @@ from pumice.formats import names as tensor_names
 from pumice.formats.families import FAMILIES
 from pumice.formats.hf import idefics3
 from pumice.formats.hf.card import model_card
-from pumice.formats.hf.config import RESAMPLE_NUMBERS, layer_types, padding
+from pumice.formats.hf.config import (
+    DECODER_KEYS,
+    RESAMPLE_NUMBERS,
+    VISION_KEYS,
+    layer_types,
+    padding,
+    stored_sizes,
+)
 from pumice.formats.hf.refusal import ACTIVATIONS, LINEAR, gemma_fields, image_kind
 from pumice.formats.text.chat_template_write import to_jinja
 from pumice.storage.json_file import write_json
@@ -186,16 +193,10 @@ def text_config(config: DecoderConfig) -> dict[str, Any]:
     values: dict[str, Any] = {
         "architectures": None,
         "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
+        **stored_sizes(config, DECODER_KEYS),
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": config.context,
-        "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": _rope_scaling(config.rope_scaling),
         "tie_word_embeddings": config.tied_head,
@@ -231,14 +232,8 @@ def vision_config(config: VisionConfig) -> dict[str, Any]:
     """Return a tower's config.json, of a CLIPVisionModel or a SiglipVisionModel."""
     return {
         "model_type": f"{config.kind}_vision_model",
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "image_size": config.image_size,
-        "patch_size": config.stride,
+        **stored_sizes(config, VISION_KEYS),
         "hidden_act": ACTIVATIONS[config.activation],
-        "layer_norm_eps": config.norm_eps,
         **_TOWER_KEYS[config.kind],
     }
 

@@ -41,7 +41,7 @@ def write_tokenizer(folder: Path, model: LoadedParts) -> list[str]:
     elif _is_qwen2(config, values):
         vocabulary = dict(sorted(values["model"]["vocab"].items(), key=lambda item: item[1]))
         write_json(folder / "vocab.json", vocabulary)
-        lines = ["#version: 0.2", *_merges(values)]
+        lines = ["#version: 0.2", *map(" ".join, values["model"]["merges"])]
         (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="")
         class_keys = {"tokenizer_class": "Qwen2Tokenizer", "unk_token": None, "errors": "replace"}
     else:
@@ -117,13 +117,8 @@ def _llama(config: ModelConfig, tokenizer: Tokenizer, data: bytes) -> dict[str, 
     }
 
 
-def _merges(values: dict[str, Any]) -> list[str]:
-    merges = values["model"]["merges"]
-    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-
-
 def _write_merges_as_text(path: Path) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     if values["model"].get("type") == "BPE":
-        values["model"]["merges"] = _merges(values)
+        values["model"]["merges"] = list(map(" ".join, values["model"]["merges"]))
     write_json(path, values)

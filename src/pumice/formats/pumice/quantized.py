@@ -216,10 +216,9 @@ def _stored(name: str, data: LazyTensor, entry: object, index: Path) -> LazyTens
 
 def _described(entry: object) -> tuple[BlockFormat | None, tuple[int, int]]:
     """Return a matrix's kind and shape; the kind is None if the entry is not valid."""
-    fields = entry if isinstance(entry, dict) else {}
-    kind, shape = BlockFormat.__members__.get(str(fields.get("kind"))), fields.get("shape")
-    if kind is None or not isinstance(shape, list) or len(shape) != 2:
-        return None, (0, 0)
-    outputs, inputs = shape
-    shape_is_valid = all(isinstance(n, int) and n > 0 for n in shape) and inputs % kind.block == 0
-    return (kind, (outputs, inputs)) if shape_is_valid else (None, (0, 0))
+    match entry:
+        case {"kind": str(name), "shape": [int(outputs), int(inputs)]} if outputs > 0 and inputs > 0:
+            kind = BlockFormat.__members__.get(name)
+            if kind is not None and inputs % kind.block == 0:
+                return kind, (outputs, inputs)
+    return None, (0, 0)

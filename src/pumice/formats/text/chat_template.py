@@ -30,8 +30,8 @@ class Described:
     """
 
     template: str
-    chat: ChatFormat | None
-    writes_bos: bool
+    chat: ChatFormat | None = None
+    writes_bos: bool = False
 
 
 def describe(source: str, *, bos: str | None, eos: str | None, specials: Collection[str]) -> Described:

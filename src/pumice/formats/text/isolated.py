@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
 import sys
 from collections.abc import Collection
 from dataclasses import asdict
@@ -19,7 +18,8 @@ from pumice.config import ChatFormat, from_dict
 from pumice.errors import InputError
 from pumice.formats.text import chat_template
 from pumice.formats.text.chat_template import Described
-from pumice.stopping import limit_process
+from pumice.jsonl import parse_json
+from pumice.stopping import limit_process, run_bounded
 from pumice.templates import TEMPLATES
 
 CPU_SECONDS = 10  # far more than any real template takes
@@ -51,22 +51,13 @@ def image_wrap(
 def _run(source: str, bos: str | None, eos: str | None, specials: tuple[str, ...]) -> dict[str, Any]:
     """Return the answer of a new process; {"error": message} if there is none."""
     request = {"source": source, "bos": bos, "eos": eos, "specials": specials}
-    try:
-        process = subprocess.run(
-            [sys.executable, "-m", __name__],
-            input=json.dumps(request).encode(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=WALL_SECONDS,
-            check=True,
-        )
-        result: dict[str, Any] = json.loads(process.stdout)
+    output, ended = run_bounded(__name__, request, WALL_SECONDS)
+    if ended and isinstance(result := parse_json(output), dict):
         return result
-    except (subprocess.SubprocessError, ValueError):
-        return {
-            "error": f"this chat template takes more than {CPU_SECONDS} s or {MEMORY >> 20} MB to write a "
-            f"conversation; name the format with --template, one of: {', '.join(TEMPLATES)}"
-        }
+    return {
+        "error": f"this chat template takes more than {CPU_SECONDS} s or {MEMORY >> 20} MB to write a "
+        f"conversation; name the format with --template, one of: {', '.join(TEMPLATES)}"
+    }
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,8 @@ class TextSide:
         describes; without that, `fallback`. label: names the model in errors. parts: the other fields of
         ModelConfig. Raises InputError if no format is known, or the tokenizer lacks the format's tokens.
         """
-        name, chat, writes_bos, note = self.chat_format(template, label, usual, fallback)
+        described, note = self.chat_format(template, label, usual, fallback)
+        name, chat = described.template, described.chat
         # Embeddings often have more rows than the tokenizer has tokens, but never fewer.
         tokens = Tokenizer(self.tokenizer)
         tokens.check_rows(parts["decoder"].vocab_size, f"{label}: ")
@@ -63,7 +64,7 @@ class TextSide:
             template=name,
             chat=chat,
             stop_token_ids=tuple(dict.fromkeys((*self._stop_ids(), *stops))),
-            bos_token_id=self.bos_id(writes_bos),
+            bos_token_id=self.bos_id(described.writes_bos),
         )
         return config, (*([note] if note else []), *self._unknown_tokens(chat))
 
@@ -107,24 +108,19 @@ class TextSide:
 
     def chat_format(
         self, template: str | None, label: str, usual: str | None = None, fallback: str | None = None
-    ) -> tuple[str, ChatFormat | None, bool, str]:
-        """Return (template, chat, whether the chat template writes the begin of text, a note)."""
+    ) -> tuple[Described, str]:
+        """Return the chat format, and a note, or "", on how it was found."""
         # The user's choice comes first. OWN asks for the model's chat template, even if another is usual.
         source = self.files.chat_template
         if template is not None and template != OWN:
-            return template, None, False, ""
+            return Described(template), ""
         if usual is not None and template is None:
-            return usual, None, False, self._other_than(usual, label)
+            return Described(usual), self._other_than(usual, label)
         if source is not None:
             described = self._described(source, label)
-            return (
-                described.template,
-                described.chat,
-                described.writes_bos,
-                self._contradicted(described, label),
-            )
+            return described, self._contradicted(described, label)
         if fallback is not None and template is None:
-            return fallback, None, False, f"no file says the chat format; {fallback} was assumed"
+            return Described(fallback), f"no file says the chat format; {fallback} was assumed"
         raise InputError(
             f"{label} has no chat template; name its format with --template, one of: {', '.join(TEMPLATES)}"
         )

@@ -46,10 +46,8 @@ def from_tokenizer(tokenizer: Tokenizer, bos: int | None, eos: int | None) -> Se
     if unknown is None or len(texts) < size:
         return None
     # 2. Scores: a piece has the rank of its first merge. A piece that no merge makes comes last.
-    merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    ranks: dict[str, int] = {}
-    for rank, pair in enumerate(merges):
-        ranks.setdefault("".join(pair), rank)
+    merges = list(map(tuple, model["merges"]))
+    ranks = {"".join(pair): rank for rank, pair in reversed(list(enumerate(merges)))}
     kinds = {f"<0x{byte:02X}>": BYTE for byte in range(256)}
     kinds |= {
         token["content"]: CONTROL if token["special"] else USER_DEFINED for token in values["added_tokens"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from starlette.requests import Request
@@ -28,40 +27,25 @@ POLICY = (
 )
 
 
-@dataclass(frozen=True)
-class PageFile:
-    """One file of the page and its media type."""
-
-    body: bytes
-    media_type: str
-
-    @property
-    def etag(self) -> str:
-        return f'"{hashlib.sha256(self.body).hexdigest()[:16]}"'
-
-
-def files() -> dict[str, PageFile]:
+def files() -> dict[str, Path]:
     """Return path -> file. The service worker is at the top, since it controls only paths below its own."""
-    served = {}
-    for path in sorted(FOLDER.rglob("*")):
-        if path.suffix in MEDIA_TYPES and path.is_file():
-            name = path.relative_to(FOLDER).as_posix()
-            address = {"index.html": "/", "sw.js": "/sw.js"}.get(name, f"/page/{name}")
-            served[address] = PageFile(path.read_bytes(), MEDIA_TYPES[path.suffix])
-    for suffix in (".js", ".css"):
-        served[f"/page/explain{suffix}"] = PageFile(
-            EXPLAIN.joinpath(f"page{suffix}").read_bytes(), MEDIA_TYPES[suffix]
-        )
-    return served
+    names = {path.relative_to(FOLDER).as_posix(): path for path in sorted(FOLDER.rglob("*"))}
+    names |= {f"explain{suffix}": EXPLAIN / f"page{suffix}" for suffix in (".js", ".css")}
+    top = {"index.html": "/", "sw.js": "/sw.js"}
+    return {
+        top.get(name, f"/page/{name}"): path for name, path in names.items() if path.suffix in MEDIA_TYPES
+    }
 
 
-def send(file: PageFile) -> Callable[[Request], Awaitable[Response]]:
-    """Return the endpoint of a file. A browser whose copy is current gets 304."""
-    headers = {"ETag": file.etag, "Cache-Control": "no-cache", "Content-Security-Policy": POLICY}
+def send(file: Path) -> Callable[[Request], Awaitable[Response]]:
+    """Return the endpoint of a file, which is read now. A browser whose copy is current gets 304."""
+    body = file.read_bytes()
+    etag = f'"{hashlib.sha256(body).hexdigest()[:16]}"'
+    headers = {"ETag": etag, "Cache-Control": "no-cache", "Content-Security-Policy": POLICY}
 
     async def endpoint(request: Request) -> Response:
-        if request.headers.get("if-none-match") == file.etag:
+        if request.headers.get("if-none-match") == etag:
             return Response(status_code=304, headers=headers)
-        return Response(file.body, headers={**headers, "Content-Type": file.media_type})
+        return Response(body, headers={**headers, "Content-Type": MEDIA_TYPES[file.suffix]})
 
     return endpoint

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import runpy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,11 @@ def get(name: str) -> Kind:
         return builtin()[name]
     path = Path(name)
     if path.suffix == ".py" and path.is_file():
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(module)
+            kind = runpy.run_path(name).get("KIND")
         except Exception as error:  # whatever the file does
             raise InputError(f"'{path}' cannot be run ({type(error).__name__}: {error}); mend it") from error
-        if isinstance(getattr(module, "KIND", None), Kind):
-            return module.KIND
+        if isinstance(kind, Kind):
+            return kind
         raise InputError(f"'{path}' defines no KIND; assign it a pumice.synth.kinds.base.Kind")
     raise InputError(f"there is no kind '{name}'; use one of {', '.join(builtin())}, or a Python file")

@@ -36,10 +36,8 @@ def consistent(draft: Draft) -> str | None:
             named = draft.vocabulary.named(turn.question)[:1]
             if says_no(turn.answer) and named and named[0] in draft.known and len(asked.split()) <= 5:
                 return f"{turn.question!r} is denied, but the annotations name it"
-            if (
-                says_yes(turn.answer)
-                and draft.vocabulary.unsupported(turn.question, draft.known)[:1] == named != []
-            ):
+            unknown = draft.vocabulary.unsupported(turn.question, draft.known)[:1]
+            if says_yes(turn.answer) and unknown == named != []:
                 return f"{turn.question!r} is affirmed, but no annotation names it"
     return None
 

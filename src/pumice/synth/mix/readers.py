@@ -17,9 +17,10 @@ from pumice.boxes import FORMS, Box, BoxMap
 from pumice.conversation import IMAGE_PLACEHOLDER
 from pumice.data.objects import WHERE
 from pumice.data.rows import Rows
+from pumice.data.sources.coco import most_given
 from pumice.errors import InputError
 from pumice.storage.plain_pickle import read_plain_pickle
-from pumice.synth.files import first_byte, items, pairs
+from pumice.synth.files import first_byte, items, pairs, visual_genome_images
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -64,49 +65,42 @@ class ReaderInput:
 def vqav2(inputs: ReaderInput) -> Iterator[Unit]:
     """VQAv2 and OK-VQA: questions and annotations joined by question_id; the answer most people gave."""
     answers: dict[Any, str] = {}
-    for note in items(inputs.file("annotations"), "annotations.item"):
-        text = note.get("multiple_choice_answer")
-        if text is None:
-            text = Counter(str(a["answer"]) for a in note.get("answers") or ()).most_common(1)
-            text = text[0][0] if text else ""
-        answers[note.get("question_id")] = sys.intern(str(text))
-    for question in items(inputs.file("questions"), "questions.item"):
+    file, notes = inputs.file("questions"), inputs.file("annotations")
+    for note in items(notes, "annotations"):
+        answers[note.get("question_id")] = sys.intern(str(most_given(note)))
+    for question in items(file, "questions"):
         inputs.items += 1
         key, image = question.get("question_id"), question.get("image_id")
         if key not in answers:
             raise InputError(
-                f"'{inputs.file('questions')}': question {key} has no answer in "
-                f"'{inputs.file('annotations')}'; give both files of one split"
+                f"'{file}': question {key} has no answer in '{notes}'; give both files of one split"
             )
         if not isinstance(image, int):
-            raise InputError(
-                f"'{inputs.file('questions')}': question {key} has the image_id {image!r}; mend it"
-            )
+            raise InputError(f"'{file}': question {key} has the image_id {image!r}; mend it")
         if answers[key].strip():
             yield Unit(inputs.image(f"{image:012d}.jpg"), ((str(question.get("question")), answers[key]),))
         else:
             inputs.skipped["empty answer"] += 1
     if inputs.items != len(answers):
         raise InputError(
-            f"'{inputs.file('questions')}' has {inputs.items} questions and '{inputs.file('annotations')}' "
-            f"{len(answers)} answers; give both files of one split"
+            f"'{file}' has {inputs.items} questions and '{notes}' {len(answers)} answers; give both files of "
+            "one split"
         )
 
 
 def gqa(inputs: ReaderInput) -> Iterator[Unit]:
     """GQA's train_balanced_questions.json."""
-    for key, question in pairs(inputs.file("questions")):
+    file = inputs.file("questions")
+    for key, question in pairs(file):
         inputs.items += 1
         if "answer" not in question or "imageId" not in question:
-            raise InputError(
-                f"'{inputs.file('questions')}': question {key} lacks answer or imageId; give GQA's file"
-            )
+            raise InputError(f"'{file}': question {key} lacks answer or imageId; give GQA's file")
         yield Unit(inputs.image(f"{question['imageId']}.jpg"), ((question["question"], question["answer"]),))
 
 
 def aokvqa(inputs: ReaderInput) -> Iterator[Unit]:
     """A-OKVQA, once per choice: the choices turn round, so that the right one has had every letter."""
-    for question in items(inputs.file("questions"), "item"):
+    for question in items(inputs.file("questions")):
         inputs.items += 1
         choices, right = question.get("choices"), question.get("correct_choice_idx")
         if not isinstance(choices, list) or not isinstance(right, int) or not 0 <= right < len(choices):
@@ -144,12 +138,10 @@ def ocrvqa(inputs: ReaderInput) -> Iterator[Unit]:
 
 def textcaps(inputs: ReaderInput) -> Iterator[Unit]:
     """TextCaps with the OCR tokens of TextVQA where that file is given; one of a picture's captions."""
-    tokens: dict[str, list[str]] = {}
-    if "ocr" in inputs.files:
-        for entry in items(inputs.file("ocr"), "data.item"):
-            tokens[str(entry.get("image_id"))] = [str(t) for t in entry.get("ocr_tokens") or ()]
+    listed = items(inputs.file("ocr"), "data") if "ocr" in inputs.files else ()
+    tokens = {str(one.get("image_id")): [str(t) for t in one.get("ocr_tokens") or ()] for one in listed}
     captions: dict[str, list[str]] = {}
-    for entry in items(inputs.file("captions"), "data.item"):
+    for entry in items(inputs.file("captions"), "data"):
         inputs.items += 1
         text = " ".join(str(entry.get("caption_str") or "").split())
         if text:
@@ -168,9 +160,9 @@ def refcoco(inputs: ReaderInput) -> Iterator[Unit]:
     sizes: dict[Any, tuple[str, int, int]] = {}
     boxes: dict[Any, list[float]] = {}
     for file in inputs.files["instances"]:
-        for image in items(file, "images.item"):
+        for image in items(file, "images"):
             sizes[image["id"]] = (image["file_name"], image["width"], image["height"])
-        for note in items(file, "annotations.item"):
+        for note in items(file, "annotations"):
             boxes[note["id"]] = note["bbox"]
     turns: dict[Any, list[tuple[str, str]]] = {}
     for file in inputs.files["refs"]:
@@ -199,12 +191,11 @@ def refcoco(inputs: ReaderInput) -> Iterator[Unit]:
 
 def visual_genome(inputs: ReaderInput) -> Iterator[Unit]:
     """Visual Genome's region descriptions, at most ten of a picture, with image_data.json for the sizes."""
-    sizes = {}
-    for image in items(inputs.file("images"), "item"):
-        key = image.get("image_id", image.get("id"))
-        parts = str(image.get("url") or "").split("/")[-2:]
-        sizes[key] = ("/".join(parts) if len(parts) == 2 else f"{key}.jpg", image["width"], image["height"])
-    for entry in items(inputs.file("regions"), "item"):
+    sizes = {
+        key: (name, image["width"], image["height"])
+        for key, name, image in visual_genome_images(inputs.file("images"))
+    }
+    for entry in items(inputs.file("regions")):
         inputs.items += 1
         key = entry.get("image_id", entry.get("id"))
         if key not in sizes:
@@ -233,7 +224,7 @@ def visual_genome(inputs: ReaderInput) -> Iterator[Unit]:
 def sharegpt(inputs: ReaderInput) -> Iterator[Unit]:
     """Text-only chats: [{id, conversations: [{from, value}]}]; those that do not take turns are left out."""
     names = {"user": "human", "chatgpt": "gpt", "assistant": "gpt", "bing": "gpt"}
-    for chat in items(inputs.file("chats"), "item"):
+    for chat in items(inputs.file("chats")):
         inputs.items += 1
         messages = [
             (names.get(str(t.get("from")), str(t.get("from"))), str(t.get("value") or ""))
@@ -304,7 +295,7 @@ def _place(box: list[Any], size: tuple[str, int, int], padded: bool) -> str | No
 def _refs(file: Path) -> list[dict[str, Any]]:
     """RefCOCO's refs, which are published as pickles of plain data, or the same list as JSON."""
     if first_byte(file) == "[":
-        return list(items(file, "item"))
+        return list(items(file))
     refs = read_plain_pickle(file.read_bytes(), str(file))
     if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
         raise InputError(f"'{file}' holds no list of refs; give RefCOCO's own file")

@@ -23,7 +23,7 @@ from pumice.model.packed import Run
 from pumice.storage.memory import GB
 from pumice.train.batches import Batches
 from pumice.train.devices import find_gpu, for_device, gpus, peak, total_memory
-from pumice.train.parallel import MAX_COPY_SHARE, check_shardable
+from pumice.train.parallel import check_shardable, needs_shards
 from pumice.train.plan.footprint import Footprint, PackShape, measure
 from pumice.train.recipe import Recipe
 from pumice.train.shapes import processor_of, shape
@@ -112,7 +112,9 @@ def plan(
         notes.append("no run on mps was measured yet: memory is planned as on a CUDA GPU")
     # 2. Memory: what the run holds from step to step, and what its largest pack adds.
     stage_sizes = sizes(recipe, config, kind)
-    sharded = _sharded(recipe, stage_sizes, device, processes)
+    sharded = processes > 1 and recipe.parallel == "fsdp"
+    if processes > 1 and recipe.parallel == "auto" and device.kind == "cuda" and device.memory is not None:
+        sharded = needs_shards(stage_sizes.model_states, device.memory)
     if sharded:
         check_shardable(recipe)
     footprint = measure(recipe, config, largest, kind)
@@ -175,9 +177,13 @@ def describe_device(recipe: Recipe, gpu: str | None = None, gpu_memory: float | 
         memory_gb = gpu_spec.memory if gpu_memory is None else gpu_memory
         if recipe.precision == "bf16" and not gpu_spec.has_bf16:  # which training would refuse
             raise InputError(f"a {gpu} does not compute in bf16; use precision: fp32")
-        tf32_share = 0.5 if gpu_spec.has_bf16 else gpu_spec.fp32_share
-        shares = {"bf16": 1.0, "tf32": tf32_share, "fp32": gpu_spec.fp32_share}
-        rate = gpu_spec.rate * 1e12 * GPU_UTILISATION * shares[recipe.precision]
+        # Products take so many times as long as in bf16.
+        times = {
+            "bf16": 1,
+            "tf32": 2 if gpu_spec.has_bf16 else gpu_spec.fp32_part,
+            "fp32": gpu_spec.fp32_part,
+        }
+        rate = gpu_spec.rate * 1e12 * GPU_UTILISATION / times[recipe.precision]
         return Device(gpu, "cuda", memory_gb * GB, rate)
     device = find_device(recipe.device)
     if recipe.precision == "bf16":
@@ -206,17 +212,6 @@ def _memory(
         # On a CPU, pages of the weights' files stay in memory when the model is saved from them.
         "files": stage_sizes.files if kind == "cpu" else 0.0,
     }
-
-
-def _sharded(recipe: Recipe, stage_sizes: Sizes, device: Device, processes: int) -> bool:
-    """Return whether the run would shard its model; follows `World.choose_kind`."""
-    if processes == 1 or recipe.parallel != "auto":
-        return processes > 1 and recipe.parallel == "fsdp"
-    return (
-        device.kind == "cuda"
-        and device.memory is not None
-        and stage_sizes.model_states > MAX_COPY_SHARE * device.memory
-    )
 
 
 def _packs(

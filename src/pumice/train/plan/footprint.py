@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,7 +167,8 @@ def _run(
     rope = (shallow.decoder.head_dim, shallow.decoder.rope_theta, shallow.decoder.rope_scaling)
     # Fill the cache of this function with a real tensor: a fake one would stay there for later models.
     rope_inv_freq(*rope, torch.device("cpu"))
-    with FakeTensorMode(allow_non_fake_inputs=True), _keep_generator():
+    # Drawing fake weights changes the state of torch's generator.
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
         model = fake_model(recipe, shallow, device)
         tower_pass, tower_flops = (
             _measure_tower(model, config, pack.tiles) if depth == DEPTHS[0] else (0.0, 0.0)
@@ -264,10 +264,3 @@ def _measure_tower(model: Llava, config: ModelConfig, tiles: int) -> tuple[float
     with torch.no_grad(), MemoryCounter([*model.tower.parameters(), *model.tower.buffers()]) as count:
         model.features(torch.empty(call_tiles, 3, side, side))
     return float(count.peak), count.flops / call_tiles
-
-
-@contextmanager
-def _keep_generator() -> Iterator[None]:
-    """Restore torch's generator at the end, because drawing fake weights changes its state."""
-    with torch.random.fork_rng(devices=[]):
-        yield
