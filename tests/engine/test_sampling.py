@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -166,6 +168,25 @@ def test_the_likeliest_equal_those_of_a_sort(vocabulary: int, count: int, descen
     expected = rows.sort(-1, descending=True)
     assert torch.equal(values, expected.values[:, :count])
     assert torch.equal(ids, expected.indices[:, :count])
+
+
+@pytest.mark.parametrize("more", [{"top_p": 0.9}, {"min_p": 0.01}])
+def test_a_large_vocabulary_is_not_sorted(more: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where few tokens hold most of the probability, nor where thousands do."""
+    widths: list[int] = []
+
+    def counted(plain: Any) -> Any:
+        def order(x: torch.Tensor, *more: Any, **options: Any) -> Any:
+            widths.append(x.shape[-1])
+            return plain(x, *more, **options)
+
+        return order
+
+    for name in ("sort", "argsort", "topk"):
+        monkeypatch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
+    rows = torch.randn(3, 100_000, generator=torch.Generator().manual_seed(0))
+    draw(rows * torch.tensor([[0.1], [1.0], [9.0]]), SamplingParams(temperature=1, **more))
+    assert 0 < max(widths) < 10_000
 
 
 def test_greedy_is_the_argmax_whatever_else_is_set() -> None:

@@ -206,6 +206,35 @@ def test_a_request_without_room_waits_and_costs_nobody_s_cache() -> None:
     assert longer in scheduler.running and longer.cached_tokens == 3
 
 
+@pytest.mark.parametrize(("cache_tokens", "most"), [(18_215, 1.05), (4096, 1.2)])
+def test_little_is_computed_twice(cache_tokens: int, most: float) -> None:
+    """Prompts of 600 tokens, answers of 512, at the default slots: with the cache of a 7B in 4 bits on 24 GB,
+    and with one that holds four of them. Measured: 1.003 and 1.12."""
+    draw = random.Random(0)
+    scheduler = Scheduler(
+        16, 512, PrefixCache(-(-cache_tokens // 64), 64, lambda source, target, tokens: None)
+    )
+    params = SamplingParams(max_new_tokens=512)
+    prompts = [
+        Prompt(torch.tensor([draw.randrange(30_000) for _ in range(600)]), params=params) for _ in range(32)
+    ]
+    requests = [Request(prompt, lambda delta: None, torch.Generator(), 600 + 511) for prompt in prompts]
+    scheduler.waiting.extend(requests)
+    computed = 0
+    while plan := scheduler.plan():
+        for request, count in plan:
+            computed += count
+            assert request.slot is not None
+            scheduler.prefix_cache.record(request.slot, request.token_hashes[: request.slot.length + count])
+            if request.remaining == 0:
+                request.append(draw.randrange(30_000))
+                if request.length > request.max_cells:
+                    scheduler.remove(request)
+    needed = sum(request.max_cells for request in requests)
+    print(f"cache of {cache_tokens}: {computed / needed:.3f}")
+    assert 1 <= computed / needed <= most
+
+
 def test_without_memory_a_request_ends_with_the_reason() -> None:
     scheduler = beside_a_running_request()
     scheduler.remove(scheduler.running[0])

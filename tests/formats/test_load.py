@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from pumice.formats.read import BUILT_IN, find_model, read_model
 from pumice.formats.sizes import weight_sizes
 from pumice.kernels import loader
 from pumice.model import quantized_vision, vision
+from pumice.storage import tensors
+from pumice.storage.tensors import open_file
 
 
 def test_a_folder_without_a_model_does_not_hide_a_built_in_one(
@@ -101,3 +105,64 @@ def test_a_tower_opened_with_few_bits(
     monkeypatch.setattr(quantized_vision, "multiplies_fast", lambda: False)
     with torch.inference_mode():
         assert torch.equal(open_model(source, quantize=quantize).model.tower(pixels), expected)
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps").exists(), reason="Linux alone says which pages are in memory"
+)
+@pytest.mark.parametrize("stored", ["safetensors", "bin"])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_pages_of_what_is_converted_are_given_back(
+    stored: str, quantize: str | None, models: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file stays mapped for the tower's other weights, which keep their type."""
+    if quantize and loader.compiled("packed")[0] is None:
+        pytest.skip(loader.compiled("packed")[1])
+    monkeypatch.setattr(quantized_vision, "multiplies_fast", lambda: True)
+    monkeypatch.setattr(quantized_vision, "multiplies_tiles", lambda: False)
+    tiny = models.ARCHITECTURES["CLIP + Llama, pad (LLaVA 1.5)"]
+    wide = {part: replace(getattr(tiny.config, part), mlp_width=1 << 14) for part in ("vision", "decoder")}
+    parts = models.tiny(replace(tiny, config=replace(tiny.config, **wide)))
+    state = {name: tensor.cast(torch.float16) for name, tensor in parts.state.items()}
+    save(tmp_path, parts.config, state, tokenizer=parts.tokenizer.to_str())
+    file = tmp_path / "model.safetensors"
+    if stored == "bin":
+        torch.save({name: tensor.read() for name, tensor in open_file(file).items()}, tmp_path / "model.bin")
+        file.unlink()
+    model = open_model(tmp_path, quantize=quantize).model
+    kept = sum(tensor.nbytes for tensor in model.parameters() if tensor.dtype == torch.float16)
+    assert kept > 0
+    assert resident(tmp_path) < kept + 1e6  # and pages around; 13 to 19 MB are converted
+
+
+def test_a_bin_that_cannot_be_mapped_is_read_once(
+    models: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = models.tiny(models.ARCHITECTURES["CLIP + Llama, pad (LLaVA 1.5)"])
+    state = {name: tensor.cast(torch.float16) for name, tensor in parts.state.items()}
+    save(tmp_path, parts.config, state, tokenizer=parts.tokenizer.to_str())
+    stored = {name: tensor.read() for name, tensor in open_file(tmp_path / "model.safetensors").items()}
+    torch.save(stored, tmp_path / "model.bin", _use_new_zipfile_serialization=False)
+    (tmp_path / "model.safetensors").unlink()
+    opened: list[Path] = []
+    plain = tensors._Bin._open
+
+    def noted(self: tensors._Bin) -> Any:
+        opened.append(self.path)
+        return plain(self)
+
+    monkeypatch.setattr(tensors._Bin, "_open", noted)
+    monkeypatch.setattr("pumice.formats.load.MAPPED_BYTES", 1)
+    open_model(tmp_path)
+    assert opened == [tmp_path / "model.bin"]
+
+
+def resident(folder: Path) -> int:
+    """Bytes in memory of the files of a folder that this process has mapped."""
+    size, counts = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line.startswith("Rss:"):
+            size += counts * int(line.split()[1]) * 1024
+        elif "-" in line.split(" ")[0]:
+            counts = str(folder) in line
+    return size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,12 @@ def test_what_cannot_fit_is_refused_before_it_is_read(
     )
     with pytest.raises(InputError, match=message):
         check_memory(loaded, "m", None, CPU, torch.float32)
+    # Numbers that are near to each other differ in the message.
+    monkeypatch.setattr(sizes, "free_on", lambda _: needed["int4"] - 2e7)
+    with pytest.raises(InputError) as caught:
+        check_memory(loaded, "m", "int4", CPU, torch.float32)
+    told, free = re.findall(r"([0-9.]+) GB", str(caught.value))
+    assert float(told) - float(free) == pytest.approx(0.02)
     # 2. Nothing would.
     monkeypatch.setattr(sizes, "free_on", lambda _: 1e6)
     with pytest.raises(InputError, match=r"'m' in int4 needs .*; close other programs, or use a smaller"):

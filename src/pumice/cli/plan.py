@@ -53,6 +53,12 @@ def plan(
         _tell(costs, as_json, lines, any(cost.fits is not False for cost in costs.costs))
         return
     assert recipe is not None
+    from pumice.formats.read import BUILT_IN
+
+    if recipe.is_dir() or (BUILT_IN / recipe).is_dir():
+        raise InputError(
+            f"{recipe} is no recipe; `pumice plan --ask {recipe}` says what the answers of a model take"
+        )
     from pumice.train.plan.estimate import plan as make_plan
     from pumice.train.recipe import load_recipe, recipe_path
 
@@ -86,7 +92,7 @@ def describe_ask(plan: AskPlan, columns: int = 80) -> list[str]:
     threads = f", {plan.kernel}, {counted(plan.threads, 'thread')}" if plan.device == "cpu" else ""
     costs = plan.costs
     rows = [("--quantize", [cost.quantize for cost in costs])]
-    for part in costs[0].memory:
+    for part in (part for part, size in costs[0].memory.items() if size):
         rows.append((part, [f"{cost.memory[part] / 1e9:.2f} GB" for cost in costs]))
     rows.append(("in all", [f"{cost.total / 1e9:.2f} GB" for cost in costs]))
     if plan.free is not None:
@@ -95,7 +101,9 @@ def describe_ask(plan: AskPlan, columns: int = 80) -> list[str]:
     rows.append(("then", [f"{cost.tokens_per_second:.1f} tokens/s" for cost in costs]))
     lines = [
         f"{plan.model} on {plan.device}{threads}, {free}",
-        f"a question about a new picture: {plan.prompt_tokens} tokens, {plan.image_tokens} of the picture",
+        f"a question about a new picture: {plan.prompt_tokens} tokens, {plan.image_tokens} of the picture"
+        if plan.image_tokens
+        else f"a question: {plan.prompt_tokens} tokens; the model sees no pictures",
     ]
     lines += [line for note in plan.notes for line in textwrap.wrap(f"note: {note}", columns)]
     if 20 + 16 * len(costs) > columns:

@@ -38,7 +38,7 @@ from pumice.model.vision import WideningLinear
 from pumice.processor import Processor
 from pumice.storage.download import weight_files, wheel
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import LazyStateDict, LazyTensor, as_lazy
+from pumice.storage.tensors import MAPPED_BYTES, LazyStateDict, LazyTensor, as_lazy, close_last_file
 from pumice.tokens import Tokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -314,7 +314,15 @@ def _fill(
             return torch.empty(tensor.shape, dtype=dtype_of(name), device=device)
         return tensor.read(dtype_of(name)).to(device)
 
-    tensors = {name: read(name, tensor) for name, tensor in state.items()}
+    # A tensor that keeps its type is a view of the mapped file, which then stays in memory. It is read from a
+    # mapping that is opened after the others were converted, so that their pages do not stay with it.
+    tensors = {}
+    for name, tensor in state.items():
+        if dtype_of(name) != tensor.dtype:
+            tensors[name] = read(name, tensor)
+            close_last_file(MAPPED_BYTES)
+    close_last_file(1)
+    tensors |= {name: read(name, tensor) for name, tensor in state.items() if name not in tensors}
     model.load_state_dict(tensors, assign=True)
     model.requires_grad_(False).eval()
 

@@ -126,4 +126,4 @@ def check_memory(
 
 
 def _gb(size: float) -> str:
-    return f"{size / GB:.1f} GB"
+    return f"{size / GB:.2f} GB"

@@ -31,7 +31,7 @@ class ServerSettings:
     queue: Annotated[int, Option(min=0, help="Requests that may wait beyond them.")] = 64
     cache_tokens: Annotated[
         int | None,
-        Option(min=1, help="Tokens that the KV cache holds; about 1 GB."),
+        Option(min=1, help="Tokens that the KV cache holds; by default in half of the free memory."),
     ] = None
     chunk: Annotated[
         int | None,

@@ -214,6 +214,7 @@ class _File:
         self.path = path
         self._handle: Any = None
         self._bytes_read = 0  # since it was opened
+        self.is_mapped = True
 
     def handle(self) -> Any:
         """Return the open file; open it first if another one was read last."""
@@ -264,10 +265,11 @@ class _File:
 def close_last_file(pages: int = 0) -> None:
     """Close the file that was read last: its pages count as this process's memory while it is open.
 
-    pages: keep it open until so many bytes of it have been read, because opening a `.bin` takes time.
+    pages: keep it open until so many bytes of it have been read, because opening a `.bin` takes time, and
+    for ever if it cannot be mapped: it would be read whole again.
     """
     last = _File._last
-    if last is not None and last._bytes_read >= pages:
+    if last is not None and last._bytes_read >= pages and (last.is_mapped or not pages):
         _File._last = last._handle = None
 
 
@@ -299,9 +301,8 @@ class _Bin(_File):
                 # torch warns about how the pickle was written; the user cannot change that.
                 warnings.simplefilter("ignore", UserWarning)
                 # Files written before PyTorch 1.6 are no zips, and cannot be mapped.
-                state = torch.load(
-                    self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path)
-                )
+                self.is_mapped = zipfile.is_zipfile(self.path)
+                state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.is_mapped)
         except pickle.UnpicklingError as error:
             problem = "refused: it is damaged, or holds more than tensors, and code in it is never run"
             raise self._unreadable(error, problem) from error

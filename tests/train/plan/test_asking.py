@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,18 @@ from typer.testing import CliRunner
 
 from pumice.cli import app
 from pumice.cli.plan import describe_ask
-from pumice.config import DecoderConfig
+from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, ModelConfig, VisionConfig
 from pumice.engine.engine import Engine, Plan
+from pumice.formats.import_ import import_model
+from pumice.formats.load import shapes
 from pumice.formats.read import read_model
 from pumice.formats.sizes import weight_sizes
 from pumice.model import quantized_vision
+from pumice.storage.tensors import LazyTensor
 from pumice.train.plan import asking
 from pumice.train.plan.asking import AskCost, AskPlan, measure_decoder, plan_ask
+from pumice.train.plan.estimate import plan as plan_training
+from pumice.train.recipe import load_recipe
 
 
 def test_a_model_is_planned_with_weights_of_each_kind(tiny_folder: Path) -> None:
@@ -42,6 +48,79 @@ def test_a_model_is_planned_with_weights_of_each_kind(tiny_folder: Path) -> None
     assert set(" ".join(table).split()) == set(" ".join(paragraphs).split())
 
 
+def test_memory_and_time_are_summed_by_part(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {False: 3.0, True: 2.0}  # of the picture, also beside a quantised language model
+    monkeypatch.setattr(asking, "quantized_shapes", lambda tower: {"a matrix": (1, 32)})
+    monkeypatch.setattr(asking, "_measure_image", lambda *_, quantized: (41, 25, seconds[quantized]))
+    monkeypatch.setattr(asking, "time_answer", lambda *_: (10.0, 0.5))
+    plan = plan_ask(str(tiny_folder), "cpu")
+    assert [cost.first_word for cost in plan.costs] == [13.0, 12.0, 12.0]
+    assert [cost.tokens_per_second for cost in plan.costs] == [2.0] * 3
+    numbers = 256 * 2 * 2 * 2 * 16  # the whole context, keys and values, layers, heads, width of a head
+    assert [cost.memory["KV cache"] for cost in plan.costs] == [4 * numbers, 2 * numbers, 2 * numbers]
+    step = 41 * (3 * 96 + 8 * 64) * 4
+    assert {cost.memory["program and buffers"] for cost in plan.costs} == {asking.PROCESS_BYTES + step}
+    for cost in plan.costs:
+        assert cost.total == sum(cost.memory.values())
+
+
+def test_the_page_about_a_7b_tells_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[3] / "docs/llava-7b.md").read_text(encoding="utf-8")
+    decoder = DecoderConfig(32064, 4096, 32, 32, 32, 128, 11008, context=4096)
+    vision = VisionConfig("clip", image_size=336, width=1024, stride=14, depth=24, heads=16, mlp_width=4096)
+    tiny = read_model("pumice-tiny")
+    config = ModelConfig(decoder, vision, ConnectorConfig(), ImagePolicy(), template=tiny.config.template)
+    state = {name: LazyTensor(shape, torch.float16, torch.zeros) for name, shape in shapes(config).items()}
+    monkeypatch.setattr(asking, "read_model", lambda _: replace(tiny, config=config, state=state))
+    monkeypatch.setattr(quantized_vision, "multiplies_fast", lambda: False)
+    monkeypatch.setattr(asking, "_measure_image", lambda *_, quantized: (600, 576, 1.0))
+    monkeypatch.setattr(asking, "time_answer", lambda *_: (1.0, 1.0))
+    memory = [cost.memory for cost in plan_ask("a 7B", "cpu").costs]
+    rows = {
+        "tower (CLIP-L/336, fp16) and connector": [one["tower"] + one["connector"] for one in memory],
+        **{
+            part: [one[part] for one in memory]
+            for part in ("language model", "KV cache", "program and buffers")
+        },
+        "in all": [sum(one.values()) for one in memory],
+    }
+    for part, sizes in rows.items():
+        assert f"| {part} | {' | '.join(f'{size / 1e9:.1f} GB' for size in sizes)} |" in page
+    # Fine-tuning.
+    whole, few = (
+        plan_training(
+            load_recipe(Path("pumice:finetune"), changed), Path("pumice:finetune"), gpu_memory=24
+        ).total
+        for changed in ([], ["stage.base=nf4"])
+    )
+    assert f"says {whole / 1e9:.0f} GB, which fits 24 GB" in page
+    assert f"it says {few / 1e9:.0f} GB" in page
+
+
+def test_what_is_stored_in_4_bits_is_timed_so(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_model(str(tiny_folder), tmp_path / "few", quantize="int4")
+    timed: list[str | None] = []
+
+    def time_answer(config: DecoderConfig, quantize: str | None, *_: object) -> tuple[float, float]:
+        timed.append(quantize)
+        return 1.0, 1.0
+
+    monkeypatch.setattr(asking, "time_answer", time_answer)
+    plan = plan_ask(str(tmp_path / "few"), "cpu")
+    assert timed == [None, "int4", "int4"]
+    assert plan.costs[1].memory == plan.costs[2].memory
+    assert plan.notes[-1] == "matrices in Q4_1 stay so: int8 cannot bring back what 4 bits lost"
+
+
+def test_a_model_that_sees_no_pictures_is_told_as_such() -> None:
+    cost = AskCost("none", {"tower": 0.0, "language model": 1e9}, 2.0, 3.0, True)
+    lines = describe_ask(AskPlan("m", "cpu", 2, "AVX2", 8e9, 15, 0, (cost,)))
+    assert lines[1] == "a question: 15 tokens; the model sees no pictures"
+    assert not any("tower" in line for line in lines)
+
+
 def test_layers_that_are_not_timed_count_too_and_what_comes_once_does_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -54,6 +133,10 @@ def test_layers_that_are_not_timed_count_too_and_what_comes_once_does_not(
     for probe_bytes in (1, 2 * layer_bytes, 1 << 30):
         monkeypatch.setattr(asking, "PROBE_BYTES", probe_bytes)
         assert measure_decoder(config, None, 1024, torch.device("cpu"), torch.float32) == (17, 6.5)
+    # Another program disturbed the single layer: no time is less than that.
+    monkeypatch.setattr(asking, "PROBE_BYTES", 1)
+    monkeypatch.setattr(asking, "time_answer", lambda config, *_: (9.0 / config.depth, 1.0 / config.depth))
+    assert measure_decoder(config, None, 1024, torch.device("cpu"), torch.float32) == (9.0, 1.0)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -90,6 +173,14 @@ def test_a_recipe_or_a_model(arguments: list[str]) -> None:
     recipe, ask = (Path(arguments[0]), arguments[2]) if arguments else (None, None)
     with pytest.raises(InputError, match="give a recipe, or --ask MODEL, and not both"):
         plan(recipe, ask)
+
+
+@pytest.mark.parametrize("name", ["pumice-tiny", ""])
+def test_a_model_in_place_of_a_recipe_is_told_how_to_ask(name: str, tiny_folder: Path) -> None:
+    model = name or str(tiny_folder)
+    result = CliRunner().invoke(app, ["plan", model])
+    assert result.exit_code == 2
+    assert f"{model} is no recipe; `pumice plan --ask {model}`" in result.stderr
 
 
 @pytest.mark.parametrize(

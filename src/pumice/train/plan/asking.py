@@ -28,7 +28,7 @@ from pumice.engine.engine import Engine
 from pumice.engine.requests import Prompt
 from pumice.engine.sampling import SamplingParams
 from pumice.formats.load import find_device, usual_dtype
-from pumice.formats.quantize import can_quantize
+from pumice.formats.quantize import can_quantize, kept_below
 from pumice.formats.read import read_model
 from pumice.formats.sizes import PROCESS_BYTES, cache_dtype, weight_sizes
 from pumice.kernels.compute import kernel_name
@@ -110,6 +110,8 @@ def plan_ask(source: str, device: str | None = None) -> AskPlan:
             _cost(loaded, kind, place, free, prompt_tokens, quantized_seconds if kind else image_seconds)
             for kind in kinds
         )
+    if kept := kept_below(loaded.state, "int8"):
+        notes = (*notes, kept)
     return AskPlan(
         source, place.type, torch.get_num_threads(), kernel_name(), free,
         prompt_tokens, image_tokens, costs, notes,
@@ -141,8 +143,9 @@ def _cost(
     memory: dict[str, float] = dict(weight_sizes(loaded, quantize, device, dtype))
     memory["KV cache"] = cells * token_bytes
     memory["program and buffers"] = (PROCESS_BYTES if device.type == "cpu" else 0.0) + step_bytes
-    # 2. Time.
-    prefill, token = measure_decoder(config, quantize, prompt_tokens, device, dtype)
+    # 2. Time. Matrices that are stored in fewer bits stay so.
+    bits = "int4" if quantize is not None and kept_below(loaded.state, quantize) else quantize
+    prefill, token = measure_decoder(config, bits, prompt_tokens, device, dtype)
     fits = None if free is None else sum(memory.values()) <= free
     return AskCost(quantize or "none", memory, image_seconds + prefill, 1 / token, fits)
 
@@ -162,8 +165,9 @@ def measure_decoder(
     # 2. What comes once in each step does not grow with the depth: Python, sampling, the vocabulary. One
     #    layer shows it.
     single = time_answer(replace(config, depth=1), quantize, tokens, device, dtype)
+    #    Other programs may have disturbed it, so that more layers seem to take less.
     prefill, token = (
-        one + (several - one) / (depth - 1) * (config.depth - 1)
+        one + max(0.0, several - one) / (depth - 1) * (config.depth - 1)
         for one, several in zip(single, times, strict=True)
     )
     return prefill, token
