@@ -106,7 +106,8 @@ class JsonReader:
     def sections(self, name: str) -> Iterator[tuple[str, Any]]:
         """Yield (key, value) of the object that begins here, and move behind it.
 
-        A list's value is an iterator of `items`. The caller must exhaust it before the next key. Raises InputError where the object is malformed.
+        A list's value is an iterator of `items`, which the caller must exhaust before the next key. Raises
+        InputError where the object is malformed.
         """
         try:
             if self.peek() != "{":
