@@ -1,13 +1,15 @@
-"""A signal lets a run finish what is under way; the next one does not."""
+"""A signal lets a run finish what is under way; the next one does not. Processes with bounds."""
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 
 import pytest
 
-from pumice.stopping import at_signal
+from pumice import stopping
+from pumice.stopping import at_signal, run_bounded
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -45,3 +47,16 @@ def test_other_threads_handle_no_signals() -> None:
     thread.start()
     thread.join()
     assert seen == [True]
+
+
+def test_a_large_request_reaches_a_slow_process_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe holds 64 KB, and no process reads it within a thousandth of a second."""
+    monkeypatch.setattr(stopping, "_PAUSE", 0.001)
+    request = ["x" * (1 << 20)]
+    output, ended = run_bounded("json.tool", request, 60)
+    assert ended and json.loads(output) == request
+
+
+def test_a_process_that_reads_nothing_ends() -> None:
+    assert run_bounded("this", ["x" * (1 << 20)], 60)[1]  # prints a poem
+    assert run_bounded("no.such.module", ["x" * (1 << 20)], 60) == (b"", False)

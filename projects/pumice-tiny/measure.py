@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -33,7 +34,7 @@ import pumice
 from pumice.errors import InputError
 from pumice.evaluate.metrics.bootstrap import interval_of
 from pumice.evaluate.metrics.cider import Cider
-from pumice.evaluate.metrics.presence import means_yes, presence_score
+from pumice.evaluate.metrics.presence import is_unclear, means_yes, presence_score
 from pumice.evaluate.metrics.vqa import normalize_m4c, vqa_accuracy
 from pumice.evaluate.result import AnswerSet, QuestionSet, format_result, make_result, read_questions
 from pumice.evaluate.run import check_images
@@ -177,7 +178,10 @@ def score(held: HeldOut, cider: Cider, answers: dict[Ask, str]) -> dict[str, Any
     kinds: dict[str, list[bool]] = {}
     for row, correct in zip(held.questions, right, strict=True):
         kinds.setdefault(row["kind"], []).append(correct)
-    presence: dict[str, Any] = dataclasses.asdict(presence_score(replies, truths))
+    predicted = np.array([means_yes(answer) for answer in replies])
+    shares = presence_score(predicted, np.array(truths), np.ones(len(truths)))
+    presence: dict[str, Any] = {name.replace(" ", "_"): share for name, share in shares.items()}
+    presence |= {"questions": len(truths), "unclear": statistics.fmean(map(is_unclear, replies))}
     presence["interval"] = interval(right, [row["image"] for row in held.questions])
     presence["kinds"] = {kind: statistics.fmean(shares) for kind, shares in sorted(kinds.items())}
     result = {"captions": captions, "presence": presence}

@@ -25,8 +25,8 @@ TILED = ("anyres", "split", "grid")  # the modes that may cut an image into tile
 SEVERAL = ("tiles", "square")
 RESAMPLINGS = ("bicubic", "bilinear", "lanczos")
 STDS = (1e-6, 1e6)  # the range of a std of pixels: one near 0 makes them infinite
-# How answers are drawn: the lowest and the highest value of each setting, and the range in words.
-DRAWN = {
+# The lowest and the highest value of each setting of how answers are sampled, and the range in words.
+SAMPLING_RANGES = {
     "temperature": (0, math.inf, "0 (greedy) or more"),
     "top_p": (math.ulp(0.0), 1, "more than 0, at most 1"),
     "top_k": (0, math.inf, "0 (off) or more"),
@@ -304,7 +304,7 @@ class GenerationConfig:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, (low, high, words) in DRAWN.items():
+        for name, (low, high, words) in SAMPLING_RANGES.items():
             if not low <= (value := getattr(self, name)) <= high:
                 raise InputError(f"{name} is {shorten(value)}; give {words}")
 

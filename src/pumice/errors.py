@@ -90,7 +90,7 @@ def check_known(value: object, known: Collection[str], problem: str) -> None:
     The value may be any of a JSON file, also a list, which has no hash.
     """
     if value not in tuple(known):
-        raise InputError(f"{problem}; use one of {', '.join(known)}")
+        raise InputError(f"{problem}; use {'one of ' if len(known) > 1 else ''}{', '.join(known)}")
 
 
 def finite(value: float, label: str) -> float:

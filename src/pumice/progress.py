@@ -67,10 +67,10 @@ class ProgressBar:
             console = Console(stderr=True)
             count = MofNCompleteColumn(table_column=Column(no_wrap=True))
             left = TimeRemainingColumn(table_column=Column(no_wrap=True))
-            # A narrow terminal has room for the numbers only, and for a text of several lines.
-            wide = console.width >= 60
-            numbers = (count, TextColumn("{task.description}", table_column=Column(no_wrap=wide)), left)
-            columns = (BarColumn(), *numbers) if wide else numbers
+            # On a narrow terminal the text takes several lines; on a very narrow one there is no bar.
+            text_column = TextColumn("{task.description}", table_column=Column(no_wrap=console.width >= 80))
+            numbers = (count, text_column, left)
+            columns = (BarColumn(), *numbers) if console.width >= 60 else numbers
             self._bar = Progress(*columns, console=console, transient=self._transient)
             self._bar.start()
         if unit not in self._tasks:  # what an earlier run has done took no time

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 _STOP: ContextVar[threading.Event | None] = ContextVar("pumice_stop", default=None)
 _PAUSE = 0.1  # seconds between two looks whether anybody still waits for a process
@@ -93,15 +93,23 @@ def run_bounded(module: str, request: Any, seconds: float) -> tuple[bytes, bool]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:
+        # A thread sends the request: after its timeout, `communicate` would not send what is left of it.
+        pipe, process.stdin = process.stdin, None
         try:
+            threading.Thread(target=_send, args=(pipe, data)).start()
             while True:
                 try:
-                    output, _ = process.communicate(data, _PAUSE)
+                    output, _ = process.communicate(timeout=_PAUSE)
                     return output, process.returncode == 0
                 except subprocess.TimeoutExpired:
-                    data = b""  # the process has it, or `communicate` goes on to send it
                     check_stopped()
                     if time.monotonic() > end:
                         process.kill()
         finally:
             process.kill()
+
+
+def _send(pipe: IO[bytes], data: bytes) -> None:
+    """Write into a process and close the pipe. That the process ended before is no error."""
+    with contextlib.suppress(OSError), pipe:
+        pipe.write(data)

@@ -177,7 +177,7 @@ def test_malformed_rows_are_named(tmp_path: Path, name: str, value: Any, reason:
         ('[{"id": "a"},]', "row 2: the JSON list is malformed or cut off near byte 13"),
         ('[{"id": "a"} {"id": "b"}]', "row 1: the JSON list is malformed or cut off near byte 13"),
         ('[{"id": "a"}, {"id": b}]', "row 2: the JSON list is malformed or cut off near byte 21"),
-        ('[{"id": "a"}] more', "more follows the end of the list, at byte 13"),
+        ('[{"id": "a"}] more', "more follows the end of the JSON, at byte 13"),
         ("[" * 100_000, "row 1: the JSON list is malformed"),
     ],
 )

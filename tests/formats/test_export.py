@@ -117,6 +117,7 @@ def test_a_refusal_writes_nothing(llava: LoadedParts, tmp_path: Path) -> None:
         ({"to": "onnx"}, "no format 'onnx'.*hf, llava, gguf, ollama, peft"),
         ({"to": "hf", "dtype": "int8"}, "no type 'int8'.*fp16, bf16, fp32"),
         ({"to": "gguf", "kind": "q3"}, "no 'q3' among the options of GGUF; use one of f32, f16, bf16, q8_0"),
+        ({"to": "gguf", "tower_kind": ""}, "no '' among the options of GGUF; use one of f32, f16"),
         ({"to": "gguf", "dtype": "fp16"}, "dtype is not for gguf.*--type"),
         ({"to": "hf", "kind": "q8_0"}, "--type, .* not for hf; .* with --dtype"),
         ({"to": "llava", "tower_kind": "f32"}, "--mmproj-type .* not for llava"),

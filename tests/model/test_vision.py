@@ -133,7 +133,7 @@ def test_blocks_beyond_the_chosen_state_do_not_run() -> None:
     ("change", "message"),
     [
         ({"select": "full"}, "a clip tower cannot select 'full' features; use one of patch, cls_patch"),
-        ({"kind": "siglip"}, "a siglip tower cannot select 'patch' features; use one of full"),
+        ({"kind": "siglip"}, "a siglip tower cannot select 'patch' features; use full"),
         ({"activation": "relu"}, "activation 'relu' is unknown; use one of quick_gelu, gelu, gelu_tanh"),
         ({"layer": 4}, "has hidden states -4 to 3, the config's layer is 4"),
         ({"layer": -5}, "has hidden states -4 to 3, the config's layer is -5"),

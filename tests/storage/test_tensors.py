@@ -164,6 +164,9 @@ def test_a_pointer_of_git_lfs_is_told(tmp_path: Path) -> None:
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(b"hello")
+    with pytest.raises(InputError, match=r"x\.bin is damaged"):
+        open_file(tmp_path / "x.bin")
     for content in ([torch.zeros(1)], {"a": 1}, {"model": {"a": torch.zeros(1)}}):
         torch.save(content, tmp_path / "x.bin")
         with pytest.raises(InputError, match="does not hold named tensors"):

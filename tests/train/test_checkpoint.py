@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -88,3 +89,12 @@ def test_bitsandbytes_missing_or_old_is_told_before_anything_is_loaded(
     monkeypatch.setattr(preflight.importlib.metadata, "version", lambda _: "0.45.3")
     with pytest.raises(InputError, match=rf"{what} needs bitsandbytes 0.46 or later, 0.45.3 is installed"):
         run(make_recipe(**changes))
+
+
+def test_bitsandbytes_that_does_not_load_is_told(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight.importlib.metadata, "version", lambda _: "0.46")
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(InputError, match="optimizer: adamw8bit needs bitsandbytes: pip install"):
+        run(make_recipe(optimizer="adamw8bit"))

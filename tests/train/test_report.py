@@ -42,7 +42,7 @@ def test_steps_are_counted_on_every_terminal(
     assert any(re.fullmatch(shown, line.strip()) for line in lines), lines
 
 
-@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize("columns", [40, 60, 80])
 def test_a_narrow_terminal_cuts_no_number(
     make_recipe: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],

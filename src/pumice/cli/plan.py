@@ -126,8 +126,9 @@ def describe(plan: Plan) -> list[str]:
     devices = (
         "" if plan.processes == 1 else f" x {plan.processes}, " + ("shards" if plan.sharded else "copies")
     )
-    hint = f", the largest of these rows (pack_tokens is {plan.pack_tokens})"
-    hint = "" if plan.planned_pack == plan.pack_tokens else hint
+    hint = ""
+    if plan.planned_pack != plan.pack_tokens:
+        hint = f", the largest of these rows (pack_tokens is {plan.pack_tokens})"
     lines = [f"{plan.recipe} on {device.name}{devices}, {memory}", "", "parameters"]
     for part, count in plan.parameters.items():
         lines.append(f"  {part:<14}{count / 1e6:10.1f} M")

@@ -167,14 +167,14 @@ class Pack(Tree):
 
 def pack(trees: Iterable[Tree], budget: int) -> list[Pack]:
     """Fill packs of at most `budget` tokens, longest tree first. A longer tree gets its own pack."""
+    in_order = sorted(trees, key=len, reverse=True)
     packs: list[list[Tree]] = []
-    room: list[int] = []  # in each
-    for tree in sorted(trees, key=len, reverse=True):
+    room = np.full(len(in_order), budget)  # in each pack, also in those that are not begun
+    for tree in in_order:
         # First fit: small trees fill what the large ones leave.
-        number = next((n for n, tokens in enumerate(room) if tokens >= len(tree)), len(packs))
+        number = int(np.argmax(room >= min(len(tree), budget)))
         if number == len(packs):
             packs.append([])
-            room.append(budget)
         packs[number].append(tree)
         room[number] -= len(tree)
     return [Pack.of(filled) for filled in packs]

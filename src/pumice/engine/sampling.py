@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pumice.config import DRAWN
+from pumice.config import SAMPLING_RANGES
 from pumice.errors import InputError, instead_of
 from pumice.model.transfer import numbers_on, to_device
 
@@ -22,7 +22,7 @@ LIKELIEST = 64  # tokens that top_p and min_p select first
 TRIES = 16  # draws from all tokens for one that top_p and min_p allow, before they are sorted
 BLOCK = 64  # tokens of the vocabulary that are searched for likely ones together
 # The lowest and the highest value of each setting, and the range in words.
-_RANGES = DRAWN | {
+_RANGES = SAMPLING_RANGES | {
     "max_new_tokens": (1, math.inf, "1 or more"),
     "min_p": (0, 1, "0 (off) to 1"),
     "frequency_penalty": (-2, 2, "-2 to 2"),

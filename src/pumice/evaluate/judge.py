@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pumice.chat_client import ChatEndpoint, ask_in_order
 from pumice.errors import InputError
-from pumice.evaluate.files import DataFile, read_lines
+from pumice.evaluate.files import DataFile, read_json, read_lines
 from pumice.evaluate.task import Task
 from pumice.jsonl import ResumableFile, is_cut_off, parse_json
 
@@ -40,6 +40,7 @@ class Judge:
         if reviews is None and endpoint is None:
             raise InputError("a judge needs --judge-url and --judge-model, or a file of replies in --reviews")
         self.path, self.endpoint = reviews, endpoint
+        self._is_one_object = False  # the file, over several lines
         # id -> replies, each with the SHA-256 of its prompt, or "" where the file does not state it
         self._stored: dict[str, list[tuple[str, JudgeReply]]] = {}
         if reviews is not None and reviews.is_file():
@@ -52,9 +53,12 @@ class Judge:
         # 1. MM-Vet's grades are one JSON object over several lines: {id: {"model": [...], "content": [...]}}.
         grades = parse_json(text)
         rows, broken = ([grades], []) if isinstance(grades, dict) else read_lines(DataFile(path))
+        self._is_one_object = isinstance(grades, dict) and "\n" in text.strip()
         # 2. A crash can cut off the last line: its question is asked again.
         if broken[-1:] == [text.count("\n") + 1] and is_cut_off(text.rpartition("\n")[2]):
             broken.pop()
+        if broken and not rows:
+            read_json(DataFile(path))  # says where it is damaged
         if broken:
             raise InputError(
                 f"'{path}': {len(broken)} lines are cut off or not JSON, the first is line {broken[0]}; "
@@ -87,9 +91,13 @@ class Judge:
         if missing and self.endpoint is not None:
             messages = ([{"role": "user", "content": prompts[number][1]}] for number in missing)
             chats = ({"messages": message, **options} for message in messages)
-            answers = ask_in_order(self.endpoint, chats)
+            if self._is_one_object:
+                raise InputError(
+                    f"'{self.path}' is one JSON object, to which the replies that it lacks cannot be added "
+                    f"({len(missing)}, first: {prompts[missing[0]][0]}); name another file in --reviews"
+                )
             with nullcontext() if self.path is None else ResumableFile(self.path, lambda _, row: row) as file:
-                for number, answer in zip(missing, answers, strict=True):
+                for number, answer in zip(missing, ask_in_order(self.endpoint, chats), strict=True):
                     if isinstance(answer, InputError):
                         raise answer
                     key, prompt = prompts[number]

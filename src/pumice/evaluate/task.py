@@ -204,16 +204,16 @@ def scores_by_category(
 ) -> dict[str, CategoryScore]:
     """Return the mean of `values` in percent for each meta[key], in order of appearance.
 
-    meta[key] may be a list of several. An answer without a value counts in none.
+    meta[key] may be a list of several. An answer without a value is in no mean; a mean of none is nan.
     """
     values_by_name: dict[str, list[float]] = {}
     for (question, _), value in zip(answered, values, strict=True):
         names = question.meta.get(key)
         for name in names if isinstance(names, list) else [names]:
-            if name is not None and value is not None:
-                values_by_name.setdefault(str(name), []).append(value)
+            if name is not None:
+                values_by_name.setdefault(str(name), []).extend([] if value is None else [value])
     return {
-        name: CategoryScore(100 * sum(scores) / len(scores), len(scores))
+        name: CategoryScore(mean_percent(scores) if scores else math.nan, len(scores))
         for name, scores in values_by_name.items()
     }
 

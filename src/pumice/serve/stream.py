@@ -178,12 +178,12 @@ class ActiveRequest:
             yield await self.next()
 
     def usage(self) -> Usage:
-        prompt, cached, completion = self._counts().values()
+        counts = self._counts()
         return Usage(
-            prompt_tokens=prompt,
-            completion_tokens=completion,
-            total_tokens=prompt + completion,
-            prompt_tokens_details=PromptDetails(cached_tokens=cached),
+            prompt_tokens=counts["prompt_tokens"],
+            completion_tokens=counts["completion_tokens"],
+            total_tokens=counts["prompt_tokens"] + counts["completion_tokens"],
+            prompt_tokens_details=PromptDetails(cached_tokens=counts["cached_tokens"]),
         )
 
     def end(self) -> None:

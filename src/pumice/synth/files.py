@@ -49,20 +49,25 @@ def visual_genome_images(path: Path) -> Iterator[tuple[Any, str, dict[str, Any]]
 
 
 def pairs(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each key and value of the object of a JSON file, in the order of the file."""
+    """Each key and value of the object of a JSON file, in its order; none of a file that is a list."""
     for key, value in _values(path):
+        whole = [item for *_, item in value] if isinstance(value, Iterator) else value
         if key:
-            yield key, [item for *_, item in value] if isinstance(value, Iterator) else value
+            yield key, whole
 
 
 def _values(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each key and value of a JSON file; "" is the key of a file that is a list. Lists are iterators."""
+    """Each key and value of a JSON file; "" is the key of a file that is a list.
+
+    Lists are iterators, which the caller must exhaust before the next key.
+    """
     with opened(path) as file:
         reader = JsonReader(file, file.tell(), decode=True)
         if reader.peek() == "[":
             yield "", reader.items(str(path))
         else:
             yield from reader.sections(str(path))
+        reader.check_end(str(path))
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:

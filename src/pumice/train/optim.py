@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
 
-from pumice.errors import InputError
+from pumice.errors import InputError, library
 from pumice.train.parallel import World
 from pumice.train.recipe import Recipe
 
@@ -20,7 +19,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Return AdamW with one group per part that learns; a group's `peak` is its peak learning rate.
 
-    Raises InputError when a part has no parameters.
+    Raises InputError when a part has no parameters, or adamw8bit is asked for and bitsandbytes does not load.
     """
     # One group per part, because each part has its own learning rate and gradient norm.
     groups = [
@@ -36,9 +35,10 @@ def make_optimizer(
         if not group["params"]:
             raise InputError(f"stage.learn names {group['part']}, but the model has no such part")
     options: dict[str, Any] = {"betas": recipe.betas, "weight_decay": recipe.weight_decay}
-    if recipe.optimizer == "adamw8bit":  # `check_bitsandbytes` has seen that it is installed
-        adamw8bit: type[torch.optim.Optimizer] = import_module("bitsandbytes.optim").AdamW8bit
-        return adamw8bit(groups, **options)
+    if recipe.optimizer == "adamw8bit":
+        bitsandbytes = library("bitsandbytes.optim", "optimizer: adamw8bit needs bitsandbytes", "qlora")
+        optimizer: torch.optim.Optimizer = bitsandbytes.AdamW8bit(groups, **options)
+        return optimizer
     return torch.optim.AdamW(groups, **options, fused=device.type != "mps")
 
 

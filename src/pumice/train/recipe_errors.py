@@ -37,7 +37,7 @@ def _nearest(dotted: str, known: Sequence[str]) -> str | None:
 def missing_base(path: Path, name: str, base: Path) -> InputError:
     """Return the error of a recipe at `path` that extends `name`, a file `base` that is not there."""
     hint = _hint(base, Path(name), near_shipped(name.removesuffix(".yaml")), but=path)
-    return InputError(f"{path}: extends {name}, but there is no {base}{'; ' * bool(hint)}{hint}")
+    return InputError(f"{path}: extends {name}, but there is no {base}" + (f"; {hint}" if hint else ""))
 
 
 def missing_recipe(path: Path) -> InputError:

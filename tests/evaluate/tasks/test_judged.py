@@ -146,11 +146,27 @@ def test_mmvet_grades_of_its_own_evaluator_and_rows_of_llava(mmvet: Any, scored:
     assert result["headline"]["value"] == pytest.approx(50)
     assert result["judge"]["models"] == ["gpt-4-0613"]
     # New replies are not written behind the object, whose file would then be no JSON any more.
-    before = (tmp_path / "grades.json").read_bytes()
-    task.judge = Judge(tmp_path / "grades.json", ChatEndpoint("http://127.0.0.1:9/v1", "judge"))
-    with pytest.raises(InputError, match="is no object, so the file is another one"):
-        task.grade([("v1_9", "?")], parse_grade)
-    assert (tmp_path / "grades.json").read_bytes() == before
+    for text in (json.dumps(grades, indent=4), json.dumps(grades, indent=4) + "\n"):
+        (tmp_path / "grades.json").write_text(text)
+        task.judge = Judge(tmp_path / "grades.json", ChatEndpoint("http://127.0.0.1:9/v1", "judge"))
+        with pytest.raises(InputError, match=r"one JSON object.* \(1, first: v1_9\); name another"):
+            task.grade([("v1_0", "?"), ("v1_9", "?")], parse_grade)
+        assert (tmp_path / "grades.json").read_text() == text
+    # Where the object is cut off, no line of it is asked again.
+    (tmp_path / "grades.json").write_text(json.dumps(grades, indent=4)[:-30])
+    with pytest.raises(InputError, match=r"grades\.json' is cut off or not JSON .*fetch it again"):
+        Judge(tmp_path / "grades.json")
+
+
+def test_mmvet_names_the_abilities_without_a_grade(mmvet: Any, scored: Any, tmp_path: Path) -> None:
+    reviews = tmp_path / "grades.jsonl"
+    grades = {"v1_0": "0.5", "v1_1": "I cannot say", "v1_2": "I cannot say"}
+    reviews.write_text("".join(json.dumps({"id": key, "reply": text}) + "\n" for key, text in grades.items()))
+    task: Any = get_task("mmvet")
+    task.judge = Judge(reviews)
+    abilities = scored("mmvet", dict.fromkeys(grades, "x"), task=task)["categories"]["ability"]
+    assert abilities["math"] == {"value": 50, "questions": 1}
+    assert abilities["rec"] == {"value": None, "questions": 0}
 
 
 def test_an_endpoint_is_tried_again_and_refusals_are_told(chat_server: Any) -> None:

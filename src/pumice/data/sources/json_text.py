@@ -104,14 +104,17 @@ class JsonReader:
         self.skip()
 
     def sections(self, name: str) -> Iterator[tuple[str, Any]]:
-        """Yield (key, value) of the object that begins here. A list's value is an iterator of `items`.
+        """Yield (key, value) of the object that begins here, and move behind it.
 
-        The caller must exhaust it before the next key. Raises InputError where the object is malformed.
+        A list's value is an iterator of `items`, which the caller must exhaust before the next key. Raises
+        InputError where the object is malformed.
         """
         try:
-            self.peek()
+            if self.peek() != "{":
+                raise ValueError("the object is missing")
             self.skip()
-            while self.peek() not in ("}", ""):
+            closed = self.peek() == "}"
+            while not closed:
                 key = self.value()
                 if not isinstance(key, str) or self.peek() != ":":
                     raise ValueError("a key is missing")
@@ -120,14 +123,24 @@ class JsonReader:
                     yield key, self.items(f"{name}, {key}")
                 else:
                     yield key, self.value()
-                if self.peek() == ",":
+                following = self.peek()
+                closed = following == "}"
+                if not closed:
+                    if following != ",":
+                        raise ValueError("a comma is missing")
                     self.skip()
-            if self.peek() != "}":
-                raise ValueError("the end is missing")
+                    self.peek()
+            self.skip()
         except (ValueError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
             raise _broken(f"'{name}': the JSON object", self.offset, error) from error
+
+    def check_end(self, name: str) -> None:
+        """Raise InputError if more follows than blanks. name: of the file."""
+        end = self.offset
+        if self.peek():
+            raise InputError(f"'{name}': more follows the end of the JSON, at byte {end}; fix the file")
 
     def _more(self, size: int) -> bool:
         block = self._file.read(size)
@@ -230,7 +243,6 @@ def _object_spans(file: BinaryIO, start: int, name: str) -> Iterator[tuple[int, 
                     row_lists, rows = row_lists + 1, [(begin, end) for begin, end, _ in spans]
     except InputError:
         return _line_spans(file, start)
-    reader.skip()
     end = reader.offset
     # 2. The only one holds rows, or is a row.
     if not reader.peek():
@@ -278,9 +290,7 @@ def _line_spans(file: BinaryIO, offset: int) -> Iterator[tuple[int, int]]:
 def _list_spans(reader: JsonReader, name: str) -> Iterator[tuple[int, int]]:
     for start, end, _ in reader.items(name):
         yield start, end
-    end = reader.offset
-    if reader.peek():
-        raise InputError(f"'{name}': more follows the end of the list, at byte {end}; fix the file")
+    reader.check_end(name)
 
 
 def _broken(what: str, byte: int, error: Exception | None = None) -> InputError:

@@ -117,7 +117,8 @@ def write(
     that every patch has its own; the first patch is lost there. Raises InputError.
     """
     kind, tower_kind = kind.lower(), None if tower_kind is None else tower_kind.lower()
-    for name, options in ((kind, TYPES), (tower_kind or "f16", TOWER_TYPES), (class_token, CLASS_TOKENS)):
+    tower_type = "f16" if tower_kind is None else tower_kind
+    for name, options in ((kind, TYPES), (tower_type, TOWER_TYPES), (class_token, CLASS_TOKENS)):
         check_known(name, options, f"there is no {name!r} among the options of GGUF")
     if class_token == "shifted" and model.config.vision.kind != "clip":
         raise InputError(
