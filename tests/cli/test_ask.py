@@ -99,6 +99,10 @@ def test_frames_are_not_left_out_without_a_word(
     refused(run("ask", "--frames", "4", *arguments), message)
 
 
+def test_slots_are_not_left_out_without_a_word(run: Any, refused: Any) -> None:
+    refused(run("ask", "--slots", "4", "What?"), "--slots is for the questions of --batch")
+
+
 @pytest.mark.parametrize("pictures", [[], ["cat.png"]])
 def test_the_word_image_is_asked_about(
     run: Any, folder: Path, tiny_folder: Path, pictures: list[str]

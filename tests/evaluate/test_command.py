@@ -95,7 +95,8 @@ def test_wrong_input(folder: Path) -> None:
     refused(run(*OWN, "one.jsonl", "--judge-url", "http://x", "--judge-model", "m"), "own needs no judge")
     refused(run(*OWN, "one.jsonl", "--reference", "LLaVA"), "no numbers of 'LLaVA' are known")
     refused(run(*OWN, "one.jsonl", "--model", "http://x/v1"), "name its model there with --model-name")
-    refused(run(*OWN, "one.jsonl", "--model-name", "llava"), "--model-name is for a model that answers")
+    for option in (["--model-name", "llava"], ["--slots", "2"], ["--device", "cpu"]):
+        refused(run(*OWN, "one.jsonl", *option), f"{option[0]} is for a model that answers")
     (folder / "one.jsonl").write_text('{"id": 0, "answer": "yes"}\n')
     refused(run(*OWN, "one.jsonl"), "5 of 6 questions have no answer (first: 1)")
     result = run(*OWN, "one.jsonl", "--allow-missing")

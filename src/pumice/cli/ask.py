@@ -19,6 +19,7 @@ from pumice.files import replacing
 from pumice.jsonl import AnswerFile, json_text, print_json
 from pumice.progress import LOG_SECONDS, ProgressBar
 
+SLOTS = 8  # of --batch
 DRAWN = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # of --out, and Pillow's names
 
 
@@ -44,7 +45,9 @@ def ask(
         ),
     ] = None,
     frames: options.VideoFrames = None,
-    slots: Annotated[int, Option(min=1, help="Questions of --batch answered at a time.")] = 8,
+    slots: Annotated[
+        int | None, Option(min=1, help=f"Questions of --batch answered at a time; {SLOTS} if not given.")
+    ] = None,
     *,
     sampling: options.Sampling,
     opening: options.Opening,
@@ -59,8 +62,10 @@ def ask(
             raise InputError(f"--batch reads its questions from the file; leave out {arguments[-1]!r}")
         if out is None:
             raise InputError("--batch needs --out OUT.jsonl, where the answers go")
-        _ask_batch(batch, out, asking, slots)
+        _ask_batch(batch, out, asking, slots or SLOTS)
         return
+    if slots is not None:
+        raise InputError("--slots is for the questions of --batch; add --batch, or leave it out")
     *images, question = arguments or [""]
     _check_question(images, question)
     for path in images:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pumice.evaluate.run import Answerer
     from pumice.evaluate.task import Task
 
+SLOTS = 16
+
 
 def evaluate(
     task: Annotated[str | None, Argument(help="A benchmark; --list names them.")] = None,
@@ -65,7 +67,9 @@ def evaluate(
             metavar="FORM",
         ),
     ] = None,
-    slots: Annotated[int, Option(min=1, help="Questions answered at a time.")] = 16,
+    slots: Annotated[
+        int | None, Option(min=1, help=f"Questions answered at a time; {SLOTS} if not given.")
+    ] = None,
     device: options.Device = None,
     show_list: Annotated[bool, Option("--list", help="Name the benchmarks and their files.")] = False,
 ) -> None:
@@ -95,7 +99,8 @@ def evaluate(
         raise InputError("--predictions is missing; name the file of answers (with --model it is written)")
     if reference is not None:
         check_known(reference, PUBLISHED, f"no numbers of {reference!r} are known")
-    for option, value in (("--max-new-tokens", max_new_tokens), ("--model-name", model_name)):
+    answering = {"--max-new-tokens": max_new_tokens, "--model-name": model_name}
+    for option, value in {**answering, "--slots": slots, "--device": device}.items():
         if value is not None and model is None:
             raise InputError(f"{option} is for a model that answers; add --model, or leave it out")
     if compare is not None and model is not None:
@@ -115,7 +120,7 @@ def evaluate(
     if model is not None:
         if missing := check_images(asked.questions, allow_missing=allow_missing):
             print(f"pumice: {missing} pictures are missing; their questions stay unanswered", file=sys.stderr)
-        answerer = _answerer(model, model_name, device, slots)
+        answerer = _answerer(model, model_name, device, slots or SLOTS)
         with ProgressBar(log_seconds=LOG_SECONDS) as bar:
             scores_here = run(
                 benchmark, asked.questions, answerer, predictions,

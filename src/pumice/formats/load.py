@@ -22,7 +22,7 @@ from pumice.formats.hf.config import padding
 from pumice.formats.pumice.folder import CONFIG, WEIGHTS, check
 from pumice.formats.pumice.quantized import cached
 from pumice.formats.quantize import can_quantize, quantize_state, stored_in_blocks
-from pumice.formats.read import BUILT_IN, read_model
+from pumice.formats.read import BUILT_IN, read_model, read_or_outline
 from pumice.formats.recognise import FormatKind, recognise
 from pumice.formats.sizes import check_memory
 from pumice.kernels import compute
@@ -84,9 +84,16 @@ def open_model(
     files are mapped. Assumptions are logged. Raises InputError if a part is missing, extra, misshapen or
     cannot be downloaded, or where memory does not suffice.
     """
-    loaded = read_model(source, template=template, tower=tower, base=base, mmproj=mmproj)
+    device = torch.device(device)
+    loaded, missing = read_or_outline(source, template=template, tower=tower, base=base, mmproj=mmproj)
+    if missing:
+        # Refuse what will not fit before it is fetched, as `build` does.
+        kind = _kind(loaded, quantize, device)
+        held = torch.float32 if kind is not None and device.type == "cpu" else dtype
+        check_memory(loaded, str(source), kind, device, held, cache_tokens)
+        loaded = read_model(source, template=template, tower=tower, base=base, mmproj=mmproj)
     return build(
-        loaded, str(source), torch.device(device), dtype, merge=merge, quantize=quantize,
+        loaded, str(source), device, dtype, merge=merge, quantize=quantize,
         cache_limit=cache_limit, cache_tokens=cache_tokens,
     )  # fmt: skip
 
@@ -106,18 +113,14 @@ def build(
     for note in loaded.notes:
         _LOG.warning("%s: %s", label, note)
     on_cpu = device.type == "cpu"
-    # 1. Without compiled code, quantised weights save memory but no time. So "auto" quantises only if the
-    # model is stored so.
-    if quantize == "auto":
-        worthwhile = compute.library() is not None or stored_in_blocks(loaded.config, loaded.state)
-        quantize = "int8" if on_cpu and worthwhile and can_quantize(loaded.config.decoder) else None
-    # 2. Refuse what does not fit. On a CPU, quantised weights that are mapped need no memory of their own.
+    quantize = _kind(loaded, quantize, device)
+    # 1. Refuse what does not fit. On a CPU, quantised weights that are mapped need no memory of their own.
     if quantize is None or not on_cpu:
         check_memory(loaded, label, quantize, device, dtype, cache_tokens)
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     if quantize is None:
         return Opened(_build(loaded, label, device, dtype, merge), processor, loaded)
-    # 3. Quantise, with adapters merged.
+    # 2. Quantise, with adapters merged.
     state = _quantized(loaded, label, quantize, cache_limit)
     merged = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, lora=None), state=state)
     if on_cpu:
@@ -126,6 +129,16 @@ def build(
     model = _build_quantized(merged, device, dtype)
     model.config = loaded.config
     return Opened(model, processor, loaded)
+
+
+def _kind(loaded: LoadedParts, quantize: str | None, device: torch.device) -> str | None:
+    """Return what "auto" means for this model and device; any other kind of weights stays."""
+    if quantize != "auto":
+        return quantize
+    # Without compiled code, quantised weights save memory but no time. So it quantises only if the model is
+    # stored so.
+    worthwhile = compute.library() is not None or stored_in_blocks(loaded.config, loaded.state)
+    return "int8" if device.type == "cpu" and worthwhile and can_quantize(loaded.config.decoder) else None
 
 
 def new_parts(

@@ -19,6 +19,7 @@ from pumice.formats.recognise import ADAPTER_CONFIG, FormatKind, recognise
 from pumice.processor import NO_TOWER
 from pumice.storage.download import gguf_from_hub, is_gguf_name, is_hub_name, locate
 from pumice.storage.json_file import Keys
+from pumice.storage.outline import ValuesNotHere, outlines
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import find_weights
 
@@ -117,6 +118,36 @@ def read_model(
     else:
         loaded = _read(path, kind, template, tower, base)
     return dataclasses.replace(loaded, sources={"model": (str(source), path)} | loaded.sources)
+
+
+def read_or_outline(
+    source: str | os.PathLike[str],
+    *,
+    template: str | None = None,
+    tower: str | None = None,
+    base: str | None = None,
+    mmproj: str | os.PathLike[str] | None = None,
+) -> tuple[LoadedParts, int]:
+    """Return what `read_model` does, without fetching the weights of models on the hub, and their bytes.
+
+    If there are bytes to fetch, config and shapes are all that is known, and no tensor can be read. 0: all is
+    here, or was fetched because the values decide how the model is read.
+    """
+
+    def read() -> LoadedParts:
+        return read_model(source, template=template, tower=tower, base=base, mmproj=mmproj)
+
+    with outlines() as fetched:
+        try:
+            return read(), fetched.missing
+        except ValuesNotHere:
+            pass
+        except InputError as error:
+            if not fetched.missing:
+                raise
+            # Outlines lie in a folder that nobody knows, each under its name on the hub.
+            raise InputError(str(error).replace(f"{fetched.folder}{os.sep}", "")) from error
+    return read(), 0
 
 
 def _read(

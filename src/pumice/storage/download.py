@@ -7,6 +7,7 @@ is unzipped into the cache ($PUMICE_CACHE, or the platform's cache folder).
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import json
 import os
@@ -16,20 +17,23 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from pumice.errors import CAUSE, InputError, wrong_input
 from pumice.files import cache_folder, sha256
 from pumice.storage.json_file import read_json
+from pumice.storage.outline import BLOCK_BYTES, current_outlines, write_outline
 
 _STAMP = "stamp.json"
 
 # What is taken from a hub repository: configs, tokenizers, and weights as safetensors. `.bin` weights
 # follow only where there are no others; these few have no other form.
-MODEL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors")
+_SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+MODEL_FILES = (*_SMALL_FILES, "*.safetensors")
 _SMALL_PICKLES = ("mm_projector.bin", "non_lora_trainables.bin", "adapter_model.bin")
 _UNWANTED = ("*/*", "consolidated*", "*.msgpack")  # other frameworks' copies of the same weights
 
@@ -150,6 +154,8 @@ def from_hub(
             )
         )
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise _disk_full(name) from error
         text = next(text for cause, text in problems.items() if isinstance(error, cause))
         raise InputError(text) from error
 
@@ -157,18 +163,97 @@ def from_hub(
 def model_from_hub(name: str) -> Path:
     """Return the snapshot folder with a model's files: safetensors if there are any, else `.bin`.
 
-    "owner/model@revision" names a branch, a tag or a commit; "owner/model/file.gguf" names one file.
+    "owner/model@revision" names a branch, a tag or a commit; "owner/model/file.gguf" names one file. Within
+    `outlines`, a model whose weights are not here becomes an outline. Raises InputError, also where the disk
+    of the cache has too little space.
     """
     name, _, revision = name.partition("@")
     *repository, last = name.split("/")
     if len(repository) == 2 and last.endswith(".gguf"):
         return from_hub("/".join(repository), [last], revision=revision or None) / last
+    # What is to be fetched, said by the hub. Nothing where the weights are here or the hub cannot be asked.
+    sizes = _weights_on_hub(name, revision or None)
+    missing = sum(size for file, size in sizes.items() if _in_cache(name, file, revision or None) is None)
+    if missing and (outlines := current_outlines()) is not None:
+        small_files = from_hub(name, _SMALL_FILES, revision=revision or None, unwanted=_UNWANTED)
+        outlines.missing += missing
+        write_outline(outlines.folder / name, small_files, sizes, _opener(name, revision or None))
+        return outlines.folder / name
+    _check_disk(name, missing)
     patterns = [*MODEL_FILES, *_SMALL_PICKLES]
     folder = from_hub(name, patterns, revision=revision or None, unwanted=_UNWANTED)
     # `.bin` weights repeat the safetensors, so they are fetched only where there is nothing else.
     if not any(folder.glob("*.safetensors")):
         folder = from_hub(name, [*patterns, "*.bin"], revision=revision or None, unwanted=_UNWANTED)
     return folder
+
+
+def _in_cache(name: str, file: str, revision: str | None) -> Path | None:
+    """Return a file of a repository that is in the hub's cache, or None. Nothing is asked of the hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, file, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _weights_on_hub(name: str, revision: str | None) -> dict[str, int]:
+    """Return file -> bytes of a model's weights on the hub; {} if they are in the cache.
+
+    Also {} if the hub cannot be asked: `from_hub` says why.
+    """
+    from huggingface_hub import HfFileSystem, constants
+
+    try:
+        configs = [_in_cache(name, file, revision) for file in ("config.json", "adapter_config.json")]
+        if constants.HF_HUB_OFFLINE or any(config and _holds_weights(config.parent) for config in configs):
+            return {}
+        listed: Any = HfFileSystem().ls(name, revision=revision, refresh=True)
+    except Exception:  # the kinds depend on the HTTP library that the client uses
+        return {}
+    sizes = {Path(entry["name"]).name: int(entry["size"]) for entry in listed if entry["type"] == "file"}
+    sizes = {file: size for file, size in sizes.items() if not any(fnmatch(file, one) for one in _UNWANTED)}
+    whole = {file: size for file, size in sizes.items() if file.endswith(".safetensors")}
+    pickles = {file: size for file, size in sizes.items() if file.endswith(".bin")}
+    return whole | {file: size for file, size in pickles.items() if not whole or file in _SMALL_PICKLES}
+
+
+def _holds_weights(folder: Path) -> bool:
+    """Return whether a snapshot has weights: all files that one index names, or one that no index names."""
+    indices = [set(read_json(path).get("weight_map", {}).values()) for path in folder.glob("*.index.json")]
+    if any(files and all((folder / file).is_file() for file in files) for files in indices):
+        return True
+    return any(file.name not in set().union(*indices) for file in weight_files(folder))
+
+
+def _opener(name: str, revision: str | None) -> Callable[[str], Any]:
+    """Return a function that opens a file of a repository, of which only what is read is fetched."""
+    from huggingface_hub import HfFileSystem
+
+    hub = HfFileSystem()  # the one that has listed the files
+    return lambda file: hub.open(f"{name}/{file}", "rb", revision=revision, block_size=BLOCK_BYTES)
+
+
+def _check_disk(name: str, needed: int) -> None:
+    """Raise InputError unless the disk of the hub's cache has space for so many bytes more."""
+    from huggingface_hub import constants
+
+    cache = disk = Path(constants.HF_HUB_CACHE)
+    while not disk.exists():
+        disk = disk.parent
+    begun = (cache / f"models--{name.replace('/', '--')}" / "blobs").glob("*.incomplete")
+    free = shutil.disk_usage(disk).free + sum(file.stat().st_size for file in begun)
+    if free < needed:
+        raise _disk_full(name, f" needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there")
+
+
+def _disk_full(name: str, sizes: str = "") -> InputError:
+    from huggingface_hub import constants
+
+    sizes = sizes or " does not fit"
+    return InputError(
+        f"the download of {name} into {constants.HF_HUB_CACHE}{sizes}; free some space, or set HF_HOME to a "
+        "folder on another disk"
+    )
 
 
 def is_gguf_name(name: str) -> bool:

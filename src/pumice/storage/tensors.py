@@ -24,6 +24,7 @@ from torch import Tensor
 from pumice.errors import InputError, WorkError
 from pumice.kernels.packed import BlockFormat, PackedMatrix
 from pumice.storage.json_file import Keys, write_json
+from pumice.storage.outline import ValuesNotHere, is_outline, read_outline
 
 SHARD_BYTES = 5 * 10**9
 MAPPED_BYTES = 2**28  # of a file whose tensors are read once each: it is closed after so many
@@ -112,8 +113,15 @@ def is_same(first: LazyTensor, second: LazyTensor) -> bool:
 
 
 def check_same(first: LazyTensor, second: LazyTensor, label: str, hint: str = "") -> None:
-    """Raise InputError unless two copies of one tensor are equal. hint: another remedy than removing one."""
-    if not is_same(first, second):
+    """Raise InputError unless two copies of one tensor are equal. hint: another remedy than removing one.
+
+    Copies in an outline are compared once they are fetched.
+    """
+    try:
+        same = is_same(first, second)
+    except ValuesNotHere:
+        return
+    if not same:
         raise InputError(
             f"{label}: {first.origin} and {second.origin} should be two copies of one tensor, but differ; "
             f"remove the wrong one{f' ({hint})' if hint else ''}"
@@ -175,7 +183,8 @@ def _check_other(tensors: LazyStateDict, chosen: Path, other: Path) -> None:
 
 def open_file(path: Path) -> LazyStateDict:
     """Return the tensors of one file, in its order."""
-    file = _Safetensors(path) if path.suffix == ".safetensors" else _Bin(path)
+    stored_as: type[_File] = _Safetensors if path.suffix == ".safetensors" else _Bin
+    file = (_Outline if is_outline(path) else stored_as)(path)
     return {name: file.lazy_tensor(name) for name in file.names()}
 
 
@@ -262,6 +271,13 @@ class _File:
         return InputError(f"{self.path} is {problem or f'damaged or cut short ({reason})'}; fetch it again")
 
 
+def _dtype(kind: str, name: str, path: Path) -> torch.dtype:
+    """Return torch's type of a safetensors type. Raises InputError, which names the tensor, on others."""
+    if (dtype := _DTYPES.get(kind)) is None:
+        raise InputError(f"{path}: {name} is stored as {kind}, which cannot be read")
+    return dtype
+
+
 def close_last_file(pages: int = 0) -> None:
     """Close the file that was read last: its pages count as this process's memory while it is open.
 
@@ -283,9 +299,7 @@ class _Safetensors(_File):
     def _shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         # A slice knows type and shape from the header; no values are read.
         header = self.handle().get_slice(name)
-        if (dtype := _DTYPES.get(header.get_dtype())) is None:
-            raise InputError(f"{self.path}: {name} is stored as {header.get_dtype()}, which cannot be read")
-        return tuple(header.get_shape()), dtype
+        return tuple(header.get_shape()), _dtype(header.get_dtype(), name, self.path)
 
     def _read(self, name: str) -> Tensor:
         try:
@@ -318,6 +332,20 @@ class _Bin(_File):
 
     def _read(self, name: str) -> Tensor:
         return self.handle()[name]
+
+
+class _Outline(_File):
+    """Names, types and shapes of a file on the hub."""
+
+    def _open(self) -> Any:
+        return read_outline(self.path)
+
+    def _shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        kind, shape = self.handle()[name]
+        return tuple(shape), _dtype(kind, name, self.path)
+
+    def _read(self, name: str) -> Tensor:
+        raise ValuesNotHere(f"{name} in {self.path.name}")
 
 
 def write_weights(

@@ -71,7 +71,8 @@ def test_the_page_about_a_7b_tells_what_is_planned(monkeypatch: pytest.MonkeyPat
     tiny = read_model("pumice-tiny")
     config = ModelConfig(decoder, vision, ConnectorConfig(), ImagePolicy(), template=tiny.config.template)
     state = {name: LazyTensor(shape, torch.float16, torch.zeros) for name, shape in shapes(config).items()}
-    monkeypatch.setattr(asking, "read_model", lambda _: replace(tiny, config=config, state=state))
+    loaded = replace(tiny, config=config, state=state)
+    monkeypatch.setattr(asking, "read_or_outline", lambda _: (loaded, 0))
     monkeypatch.setattr(quantized_vision, "multiplies_fast", lambda: False)
     monkeypatch.setattr(asking, "_measure_image", lambda *_, quantized: (600, 576, 1.0))
     monkeypatch.setattr(asking, "time_answer", lambda *_: (1.0, 1.0))

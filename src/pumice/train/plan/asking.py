@@ -29,7 +29,7 @@ from pumice.engine.requests import Prompt
 from pumice.engine.sampling import SamplingParams
 from pumice.formats.load import find_device, usual_dtype
 from pumice.formats.quantize import can_quantize, kept_below
-from pumice.formats.read import read_model
+from pumice.formats.read import read_or_outline
 from pumice.formats.sizes import PROCESS_BYTES, cache_dtype, weight_sizes
 from pumice.kernels.compute import kernel_name
 from pumice.kernels.packed import PackedMatrix, packed_size
@@ -90,9 +90,11 @@ class AskPlan:
 
 
 def plan_ask(source: str, device: str | None = None) -> AskPlan:
-    """Estimate the answers of a model, whose tensors are not read. Raises InputError."""
+    """Estimate the answers of a model, whose tensors are neither read nor fetched. Raises InputError."""
     notes = busy_notes()
-    loaded = read_model(source)
+    loaded, missing = read_or_outline(source)
+    if missing:
+        notes = (*notes, f"the weights are not here yet: the first question fetches {missing / 1e9:.2f} GB")
     place = find_device(device)
     free = free_on(place)
     with torch.inference_mode():

@@ -1,0 +1,142 @@
+"""Fetch the outline of a model on the hub: all but the values of its weights, by requests for parts of files.
+
+An outline is a folder with the model's small files. In place of a file of weights there is JSON of the same
+name, {tensor: [type, shape]} with safetensors' names of types, or null where only the whole file says them.
+`tensors.open_file` opens it; values of its tensors cannot be read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import shutil
+import struct
+import tempfile
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+LARGEST_HEADER = 100_000_000  # bytes of a file's description of its tensors, as safetensors admits them
+BLOCK_BYTES = 1 << 20  # of a range request: most headers are smaller
+_STORAGES = {
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
+    "ByteStorage": "U8", "BoolStorage": "BOOL",
+}  # fmt: skip
+Entries = dict[str, tuple[str, list[int]]]  # tensor -> its type and shape
+
+
+class ValuesNotHere(Exception):
+    """A tensor of an outline was read, or a file without an outline: the weights must be fetched first."""
+
+
+class Outlines:
+    """The outlines of one reading. missing: bytes of weights that they stand for and that are not here."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        """stack: removes the folder when it is closed."""
+        self.missing = 0
+        self._stack = stack
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder that holds them, made on first use: most models need none."""
+        return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="pumice-outlines-")))
+
+
+_CURRENT: ContextVar[Outlines | None] = ContextVar("outlines", default=None)
+
+
+def current_outlines() -> Outlines | None:
+    """Return where outlines go; None where models are fetched whole."""
+    return _CURRENT.get()
+
+
+@contextlib.contextmanager
+def outlines() -> Iterator[Outlines]:
+    """Within the block, fetch only the outlines of models on the hub whose weights are not here."""
+    with contextlib.ExitStack() as stack:
+        current = Outlines(stack)
+        token = _CURRENT.set(current)
+        try:
+            yield current
+        finally:
+            _CURRENT.reset(token)
+
+
+def write_outline(
+    folder: Path, small_files: Path, weights: Iterable[str], opener: Callable[[str], Any]
+) -> None:
+    """Write a model's outline.
+
+    small_files: the folder of all but its weights. weights: names of files. opener: opens one for reading.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in small_files.iterdir():
+        if path.is_file() and path.suffix not in (".safetensors", ".bin"):
+            shutil.copyfile(path, folder / path.name)
+    for name in weights:
+        entries: Entries | None = None
+        # A file of any other kind is perhaps not needed: that shows when it is opened.
+        with contextlib.suppress(Exception), opener(name) as file:
+            found = _safetensors(file) if name.endswith(".safetensors") else _pickled(file)
+            entries = {str(key): (str(kind), [int(n) for n in shape]) for key, (kind, shape) in found.items()}
+        (folder / name).write_text(json.dumps(entries), encoding="utf-8")
+
+
+def is_outline(path: Path) -> bool:
+    """Return whether a file is the outline of one. A file of a model is none, whatever it holds."""
+    current = current_outlines()
+    return current is not None and current.missing > 0 and current.folder in path.parents
+
+
+def read_outline(path: Path) -> Entries:
+    """Return the tensors of a file in an outline. Raises ValuesNotHere if only the whole file says them."""
+    entries: Entries | None = json.loads(path.read_text(encoding="utf-8"))
+    if entries is None:
+        raise ValuesNotHere(path.name)
+    return entries
+
+
+def _safetensors(file: BinaryIO) -> Entries:
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > LARGEST_HEADER:
+        raise ValueError(f"a header of {length} bytes")
+    header = json.loads(file.read(length))
+    return {
+        name: (entry["dtype"], entry["shape"]) for name, entry in header.items() if name != "__metadata__"
+    }
+
+
+def _pickled(file: BinaryIO) -> Entries:
+    """Return the tensors of a `.bin`: a zip whose `data.pkl` describes them, without their values."""
+    with zipfile.ZipFile(file) as archive:
+        entry = next(entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl"))
+        if entry.file_size > LARGEST_HEADER:
+            raise ValueError(f"a description of {entry.file_size} bytes")
+        with archive.open(entry) as described:
+            return dict(_ShapeUnpickler(described).load())
+
+
+class _ShapeUnpickler(pickle.Unpickler):
+    """Reads the shapes of a state dict's tensors. It admits no class and no function of the file."""
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid[1]  # of ("storage", its type, its key, device, count)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        return _ADMITTED[module, name]
+
+
+_ADMITTED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): lambda kind, start, shape, *_: (kind, list(shape)),
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+}

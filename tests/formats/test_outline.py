@@ -1,0 +1,398 @@
+"""A pretend hub: what cannot fit is refused before its weights are fetched; what fits is fetched once."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import HfFileSystem, constants
+from huggingface_hub.utils import _http
+from safetensors.torch import load_file, save_file
+
+from pumice import InputError
+from pumice.formats import read, sizes
+from pumice.formats.export import export
+from pumice.formats.import_ import import_model
+from pumice.formats.load import open_model
+from pumice.formats.read import read_model, read_or_outline
+from pumice.formats.sizes import least_memory, weight_sizes
+from pumice.storage import download
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import as_lazy, write_weights
+from pumice.train.plan import asking
+from pumice.train.plan.asking import plan_ask
+
+CPU = torch.device("cpu")
+COMMIT = "c" * 40
+WEIGHTS = (".safetensors", ".bin")
+BLOCK = 1 << 10
+
+
+class Hub:
+    """A server with repositories, which are folders, and a list of what was asked: a file, how many bytes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.sent: list[tuple[str, int]] = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_HEAD(self) -> None:
+                self.do_GET()
+
+            def do_GET(self) -> None:
+                if api := re.fullmatch(r"/api/models/(\w+/\w+)(/(?:revision|tree)/\w+)?(\?.*)?", self.path):
+                    return self.reply(*hub.describe(api[1], "/tree/" in (api[2] or "")))
+                repository, _, name = re.sub(r"/resolve/\w+/", "\n", self.path[1:]).partition("\n")
+                file = hub.root / repository / name
+                if not file.is_file():
+                    return self.reply(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+                whole = file.read_bytes()
+                digest = hashlib.sha256(whole).hexdigest()
+                headers = {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT, "X-Linked-Size": str(len(whole))}
+                if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+                    start, end = int(asked[1]), int(asked[2] or len(whole) - 1)
+                    part = whole[start : end + 1]
+                    headers["Content-Range"] = f"bytes {start}-{start + len(part) - 1}/{len(whole)}"
+                    return self.reply(206, part, headers, f"{repository}/{name}")
+                return self.reply(200, whole, headers, f"{repository}/{name}")
+
+            def reply(self, status: int, body: bytes, headers: dict[str, str], file: str = "") -> None:
+                size = len(body) if self.command == "GET" else 0
+                hub.sent.append((file, size))
+                self.send_response(status)
+                for key, value in {**headers, "Content-Length": str(len(body))}.items():
+                    self.send_header(key, value)
+                self.end_headers()
+                self.wfile.write(body[:size])
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def describe(self, name: str, tree: bool) -> tuple[int, bytes, dict[str, str]]:
+        if not (self.root / name).is_dir():
+            return 404, b"{}", {"X-Error-Code": "RepoNotFound"}
+        files = [path for path in sorted((self.root / name).iterdir()) if path.is_file()]
+        listed = [
+            {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": "0" * 40}
+            for path in files
+        ]
+        siblings = [{"rfilename": path.name} for path in files]
+        answer: Any = listed if tree else {"id": name, "sha": COMMIT, "siblings": siblings}
+        return 200, json.dumps(answer).encode(), {"Content-Type": "application/json"}
+
+    def add(self, name: str, folder: Path) -> Path:
+        return Path(shutil.copytree(folder, self.root / name))
+
+    def weight_bytes(self, name: str = "") -> int:
+        """The bytes of weights that were sent."""
+        return sum(size for file, size in self.sent if file.startswith(name) and file.endswith(WEIGHTS))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub and an empty cache."""
+    hub = Hub(tmp_path / "hub")
+    address = f"http://127.0.0.1:{hub.server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(download, "BLOCK_BYTES", BLOCK)
+    HfFileSystem.clear_instance_cache()
+    _http.close_session()
+    yield hub
+    hub.server.shutdown()
+    hub.server.server_close()
+    HfFileSystem.clear_instance_cache()
+    _http.close_session()
+
+
+LLAVA = "CLIP + Llama, pad (LLaVA 1.5)"
+
+
+@pytest.fixture(scope="module")
+def folder(models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA of transformers, which can be quantised. Not to be changed."""
+    folder = tmp_path_factory.mktemp("outline") / "model"
+    export(models.tiny(models.ARCHITECTURES[LLAVA]), "hf", folder)
+    return folder
+
+
+def stored(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in WEIGHTS)
+
+
+def most_of_outline(folder: Path) -> int:
+    """The bytes of weights that an outline may fetch: their headers, and a block for each of two reads."""
+    files = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
+    return sum(8 + int.from_bytes(path.read_bytes()[:8], "little") + 2 * BLOCK for path in files)
+
+
+def shard(folder: Path) -> None:
+    """Store the weights in shards with an index."""
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    write_weights(folder, {name: as_lazy(tensor) for name, tensor in state.items()}, limit=100_000)
+    assert len(list(folder.glob("*.safetensors"))) > 2
+
+
+def all_sizes(loaded: LoadedParts) -> list[dict[str, int]]:
+    return [weight_sizes(loaded, kind, CPU, torch.float32) for kind in (None, "int8", "int4")]
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_what_cannot_fit_is_refused_before_it_is_fetched(
+    shards: bool, hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = hub.add("owner/model", folder)
+    if shards:
+        shard(remote)
+    loaded = read_model(remote)
+    needed = {kind: least_memory(loaded, kind, CPU, torch.float32) for kind in (None, "int8", "int4")}
+    refused = [(needed["int4"], None), (needed["int4"], "int8"), (1e6, "auto"), (1e6, "int4")]
+    for free, kind in refused:
+        monkeypatch.setattr(sizes, "free_on", lambda _, free=free: free)
+        told = []
+        for source in (str(remote), "owner/model"):
+            with pytest.raises(InputError) as caught:
+                open_model(source, quantize=kind)
+            told.append(str(caught.value).replace(str(remote), "owner/model"))
+        # The same sentence as for a folder, with the same remedy.
+        assert told[0] == told[1]
+        assert ("use --quantize int4" in told[1]) == (free > 1e6)
+    assert 0 < hub.weight_bytes() <= len(refused) * most_of_outline(remote) < stored(remote)
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
+    # What fits is fetched then, and once.
+    monkeypatch.setattr(sizes, "free_on", lambda _: needed["int4"])
+    hub.sent.clear()
+    open_model("owner/model", quantize="int4")
+    assert stored(remote) < hub.weight_bytes() <= stored(remote) + most_of_outline(remote)
+    assert "owner/model/config.json" not in [file for file, size in hub.sent if size]
+    # A model in the cache needs one question about its revision, and offline none.
+    hub.sent.clear()
+    open_model("owner/model", quantize="int4")
+    assert hub.sent == [("", hub.sent[0][1])]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.sent.clear()
+    open_model("owner/model", quantize="int4")
+    assert hub.sent == []
+
+
+def test_the_first_model_of_an_empty_machine_is_fetched_once(hub: Hub, folder: Path) -> None:
+    remote = hub.add("owner/model", folder)
+    open_model("owner/model@main")
+    fetched = [file for file, size in hub.sent if size > BLOCK and not file.endswith(WEIGHTS) and file]
+    assert len(fetched) == len(set(fetched)) > 0
+    assert hub.weight_bytes() <= stored(remote) + most_of_outline(remote)
+
+
+@pytest.mark.parametrize("kind", ["pumice", "pumice in int4", "original code", "LLM"])
+def test_the_outline_of_each_format_has_the_sizes_of_the_model(
+    kind: str, hub: Hub, models: ModuleType, folder: Path, tmp_path: Path
+) -> None:
+    made = tmp_path / "made"
+    if kind == "original code":
+        export(models.tiny(models.ARCHITECTURES[LLAVA]), "llava", made)
+        shutil.move(made / "vision_tower", tmp_path / "eye")
+        hub.add("owner/eye", tmp_path / "eye")
+        config = json.loads((made / "config.json").read_text())
+        (made / "config.json").write_text(json.dumps(config | {"mm_vision_tower": "owner/eye"}))
+        state = load_file(made / "model.safetensors")
+        (made / "model.safetensors").unlink()
+        torch.save(state, made / "pytorch_model.bin")
+        torch.save({"step": 3}, made / "training_args.bin")  # not needed: that it has no outline is no matter
+    elif kind == "LLM":
+        made.mkdir()
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(folder / name, made)
+        config = json.loads((folder / "config.json").read_text())["text_config"]
+        (made / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+        state = load_file(folder / "model.safetensors")
+        start = "language_model."
+        state = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+        assert state
+        save_file(state, made / "model.safetensors")
+    else:
+        import_model(str(folder), made, quantize="int4" if "int4" in kind else None)
+    remote = hub.add("owner/model", made)
+    template = None if kind.startswith("pumice") else "v1"
+    loaded, missing = read_or_outline("owner/model", template=template)
+    assert missing == stored(remote)
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.bin"))
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
+    whole, missing = read_or_outline("owner/model", template=template)
+    expected = read_model("owner/model", template=template)
+    assert all_sizes(loaded) == all_sizes(whole) == all_sizes(expected)
+    assert loaded.config == expected.config
+    assert read_or_outline("owner/model", template=template)[1] == 0  # all is here
+
+
+def test_the_base_of_an_adapter_is_outlined(hub: Hub, models: ModuleType, tmp_path: Path) -> None:
+    model = models.tiny(models.ARCHITECTURES["CLIP + Llama, LoRA"])
+    export(model, "peft", tmp_path / "adapter")
+    export(model, "hf", tmp_path / "base", drop_lora=True)
+    remote = hub.add("owner/base", tmp_path / "base")
+    loaded, missing = read_or_outline(tmp_path / "adapter", base="owner/base")
+    assert missing == stored(remote)
+    assert 0 < hub.weight_bytes() <= most_of_outline(remote)
+    assert all_sizes(loaded) == all_sizes(read_model(tmp_path / "adapter", base="owner/base"))
+
+
+def test_a_tower_on_the_hub_is_outlined_with_the_folder(
+    hub: Hub, original: Callable[..., Path], parts_of: tuple[Path, Path]
+) -> None:
+    tower, _ = parts_of
+    remote = hub.add("owner/eye", tower)
+    state = load_file(remote / "model.safetensors")
+    (remote / "model.safetensors").unlink()
+    # A checkpoint of an older transformers, which also stores the numbers of its positions.
+    positions = next(value for name, value in state.items() if "position_embedding" in name).shape[0]
+    prefix = next(name for name in state if "embeddings." in name).partition("embeddings.")[0]
+    torch.save(
+        {**state, f"{prefix}embeddings.position_ids": torch.arange(positions)}, remote / "pytorch_model.bin"
+    )
+    local = original(mm_vision_tower="owner/eye")
+    whole = torch.load(local / "pytorch_model.bin")
+    torch.save(
+        {name: value for name, value in whole.items() if "vision_tower" not in name},
+        local / "pytorch_model.bin",
+    )
+    loaded, missing = read_or_outline(local)
+    assert missing == stored(remote)
+    assert hub.weight_bytes("owner/eye") < missing / 2
+    sizes_without_quantisation = weight_sizes(loaded, None, CPU, torch.float32)
+    assert sizes_without_quantisation == weight_sizes(read_model(local), None, CPU, torch.float32)
+    assert hub.weight_bytes("owner/eye") >= missing
+
+
+def test_a_plan_fetches_no_weights(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = hub.add("owner/model", folder)
+    monkeypatch.setattr(asking, "time_answer", lambda *_: (1.0, 0.5))
+    local, plan = plan_ask(str(remote), "cpu"), plan_ask("owner/model", "cpu")
+    assert [cost.memory for cost in plan.costs] == [cost.memory for cost in local.costs]
+    assert (plan.prompt_tokens, plan.image_tokens) == (local.prompt_tokens, local.image_tokens)
+    assert plan.notes[-1] == "the weights are not here yet: the first question fetches 0.00 GB"
+    assert 0 < hub.weight_bytes() <= most_of_outline(remote)
+    open_model("owner/model")
+    assert not any("fetches" in note for note in plan_ask("owner/model", "cpu").notes)
+
+
+@pytest.mark.filterwarnings("ignore:Not enough free disk space")  # the client's own, beside our error
+def test_a_full_disk_is_told_before_the_weights_are_fetched(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = hub.add("owner/model", folder)
+    cache = constants.HF_HUB_CACHE
+    usage = type(shutil.disk_usage("/"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, stored(remote) - 1))
+    for reader in (open_model, read_model):  # to ask, and to train or to import
+        hub.sent.clear()
+        with pytest.raises(
+            InputError, match=rf"the download of owner/model into {cache} needs .* set HF_HOME"
+        ):
+            reader("owner/model")
+        assert hub.weight_bytes() <= most_of_outline(remote)
+    # What an interrupted download has already taken counts as free.
+    blobs = Path(cache) / "models--owner--model" / "blobs"
+    blobs.mkdir(exist_ok=True, parents=True)
+    (blobs / "weights.incomplete").write_bytes(bytes(100))
+    read_model("owner/model")
+
+
+def test_a_disk_that_fills_up_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(
+        InputError, match=r"the download of owner/model into .* does not fit; free some space"
+    ):
+        download.from_hub("owner/model")
+
+
+def test_a_config_that_cannot_be_read_is_refused_first(hub: Hub, folder: Path) -> None:
+    remote = hub.add("owner/model", folder)
+    (remote / "config.json").write_text('{"model_type": "abacus"}')
+    with pytest.raises(InputError, match=r"^owner/model/config\.json: model_type is 'abacus'"):
+        open_model("owner/model")
+    assert hub.weight_bytes() <= most_of_outline(remote)
+
+
+@pytest.mark.parametrize("damage", ["header", "shape", "cut"])
+def test_weights_whose_header_cannot_be_read_are_fetched_and_then_refused(
+    damage: str, hub: Hub, folder: Path
+) -> None:
+    remote = hub.add("owner/model", folder)
+    path = remote / "model.safetensors"
+    whole = path.read_bytes()
+    broken = {
+        "header": bytes([255] * 8) + whole[8:],
+        "shape": whole.replace(b'"shape":[', b'"shape":{', 1),
+        "cut": whole[:5],
+    }
+    path.write_bytes(broken[damage])
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        open_model("owner/model")
+    assert hub.weight_bytes() >= len(broken[damage])
+
+
+def test_values_that_decide_something_are_fetched(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of an adapter with copies of the base's matrices, which are compared with it."""
+    remote = hub.add("owner/model", folder)
+
+    def peeking(*arguments: Any, **options: Any) -> LoadedParts:
+        loaded = read_model(*arguments, **options)
+        next(iter(loaded.state.values())).read()
+        return loaded
+
+    monkeypatch.setattr(read, "read_model", peeking)
+    _, missing = read_or_outline("owner/model")
+    assert missing == 0
+    assert hub.weight_bytes() >= stored(remote)
+
+
+def test_a_local_file_is_never_an_outline(folder: Path, tmp_path: Path) -> None:
+    made = Path(shutil.copytree(folder, tmp_path / "made"))
+    (made / "model.safetensors").write_text('{"a": ["F32", [2]]}')
+    with pytest.raises(InputError, match=r"model\.safetensors is damaged or cut short"):
+        read_or_outline(made)
+
+
+class MakesFolder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_no_code_in_a_bin_is_run(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    remote = hub.add("owner/model", folder)
+    (remote / "model.safetensors").unlink()
+    torch.save({"a": MakesFolder(tmp_path / "made")}, remote / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"code in it is never run"):
+        open_model("owner/model")
+    assert not (tmp_path / "made").exists()
