@@ -122,6 +122,7 @@ class PrefixCache:
     ) -> None:
         self.blocks, self.block, self.keep_finished = blocks, block, keep_finished
         self._copy, self.has_memory = copy, has_memory
+        self.lacked_memory = False  # whether a block was missing for want of memory when last counted
         self.evictions = 0
         self.cached_tokens = 0  # in idle blocks
         self.busy: dict[int, CacheBlock] = {}  # those with owners, by number
@@ -182,7 +183,8 @@ class PrefixCache:
     def available(self) -> int:
         """The number of blocks that could be allocated now."""
         free = len(self._free)
-        if self._used < self.blocks and not self.has_memory():
+        self.lacked_memory = self._used < self.blocks and not self.has_memory()
+        if self.lacked_memory:
             free = sum(number < self._used for number in self._free)
         return free + len(self.idle)
 

@@ -184,6 +184,10 @@ class Engine:
         # 3. Plan: one token per running answer, then prompt chunks until the budget is used.
         try:
             plan = self._scheduler.plan()
+        except WorkError as error:
+            # No memory for the first of the queue. The next may be shorter.
+            self._finish(self._scheduler.waiting[0], "error", error)
+            return True
         except Exception as error:
             # Such as no memory for a copy. End all requests, so that none waits for ever.
             for request in self._requests():

@@ -34,8 +34,8 @@ class Scheduler:
     def plan(self) -> list[tuple[Request, int]]:
         """Return requests, and how many tokens of each the next step computes. Empty if there is no request.
 
-        Raise RuntimeError if requests wait and none of them can be started, or WorkError if that is for
-        want of memory.
+        Raise WorkError if nothing runs and the first that waits cannot be started for want of memory, or
+        RuntimeError if it cannot for another reason.
         """
         # 1. Admit requests until slots or cells run out.
         self._admit()
@@ -57,7 +57,7 @@ class Scheduler:
                 budget -= count
                 plan.append((request, count))
         if self.waiting and not plan:
-            if not self.prefix_cache.has_memory():
+            if self.prefix_cache.lacked_memory:
                 raise WorkError(
                     "no memory is left for the KV cache; close other programs or ask for a shorter answer"
                 )
