@@ -234,7 +234,9 @@ class PrefixCache:
 
     def recover(self, slots: Sequence[CacheSlot]) -> None:
         """Put everything in order after an interruption: only `slots` own blocks."""
-        # 1. The tables of the running sequences say which blocks are busy. The others have no owner.
+        # 1. The running sequences say which blocks are busy. The others have no owner.
+        for slot in slots:
+            slot.table = [block.number for block in slot.blocks]
         owners = Counter(block.number for slot in slots for block in slot.blocks)
         for block in [block for slot in slots for block in slot.blocks]:
             self.busy[block.number] = block

@@ -174,8 +174,10 @@ class Engine:
     def _step(self) -> bool:
         # 1. Take new requests from the queue.
         with self._changed:
-            submitted, self._submitted = self._submitted, []
-        self._scheduler.waiting.extend(submitted)
+            waiting, submitted = self._scheduler.waiting, self._submitted
+            # After an interruption here, they are in the queue already.
+            waiting.extend(request for request in submitted if request not in waiting)
+            self._submitted = []
         if submitted and not self._snapshot.is_current():
             self.forget()
         # 2. End cancelled requests before they cost anything.

@@ -73,7 +73,11 @@ class Scheduler:
             self.waiting.remove(request)
 
     def recover(self) -> None:
-        """Put the prefix cache in order after a step that was interrupted."""
+        """Put the requests and the prefix cache in order after a step that was interrupted."""
+        # One that was being started or preempted may be in both lists, or have a slot while it waits.
+        self.waiting = deque(request for request in self.waiting if request not in self.running)
+        for request in self.waiting:
+            request.slot = None
         slots = [request.slot for request in self.running if request.slot is not None]
         self.prefix_cache.recover(slots)
 
@@ -135,9 +139,9 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Stop a running request and put it first in the queue. It continues later from its last token."""
+        self.waiting.appendleft(request)  # first, so that an interruption does not lose it
         self.running.remove(request)
         self._release(request)
-        self.waiting.appendleft(request)
 
     def _release(self, request: Request) -> None:
         if request.slot is not None:
