@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,8 @@ from kit import EXPECTED, PROMPTS, Kit, check_owners
 from small import VOCABULARY, WIDTH, small_model
 
 from pumice import InputError
+from pumice.engine import engine as engine_module
+from pumice.engine import scheduler as scheduling
 from pumice.engine.engine import Engine
 from pumice.engine.generate import naive_generate
 from pumice.engine.requests import Delta, Prompt, PromptImage
@@ -172,6 +175,60 @@ def test_an_interrupted_step_is_done_again(kit: Kit, monkeypatch: pytest.MonkeyP
     while engine.step():
         pass
     assert [one.tokens for one in received] == [EXPECTED[None][n] for n in (0, 2)]
+
+
+class Interrupts(list[Any]):
+    """A list that Ctrl-C interrupts before it changes at its end."""
+
+    def append(self, _: Any) -> None:
+        raise KeyboardInterrupt
+
+    remove = append
+
+
+class InterruptsAtOnce(Interrupts):
+    extend = Interrupts.append
+
+
+@pytest.mark.parametrize("place", ["submitted", "to be started", "started", "preempted", "grown"])
+@pytest.mark.parametrize("cancels", [False, True])
+def test_interrupted_bookkeeping_loses_no_request(
+    place: str, cancels: bool, kit: Kit, model: Llava, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two answers that do not fit in the cache together, interrupted where one is in no list, or in two."""
+    monkeypatch.setattr(engine_module, "BLOCK", 5)
+    monkeypatch.setattr(scheduling, "SLOT_GROWTH", 3)
+    prompts = [kit.prompt(*range(first, first + 12), max_new_tokens=30) for first in (1, 40)]
+    engine = Engine(model, slots=2, cache_tokens=45)
+    scheduler = engine._scheduler
+    received = [kit.submit(engine, prompts[0])]
+    if place == "to be started":
+        scheduler.running = Interrupts()
+    elif place in ("submitted", "started"):
+        waiting: Any = InterruptsAtOnce() if place == "submitted" else Interrupts()
+        scheduler.waiting = waiting
+    else:
+        received.append(kit.submit(engine, prompts[1]))
+        engine.step()
+    if place == "grown":
+        slot: Any = scheduler.running[0].slot
+        slot.table = Interrupts(slot.table)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if place == "preempted":
+            patch.setattr(scheduler, "_release", Interrupts().append)
+        while engine.step():
+            pass
+    scheduler.running, scheduler.waiting = list(scheduler.running), deque(scheduler.waiting)
+    if cancels:
+        for one in received:
+            assert one.request is not None
+            engine.cancel(one.request)
+    while engine.step():
+        check_owners(engine)
+    for one, prompt in zip(received, prompts, strict=False):
+        assert one.last.finish == ("cancelled" if cancels else "length")
+        assert cancels or one.tokens == naive_generate(model, prompt)
+    assert kit.run(engine, prompts[1])[0].tokens == naive_generate(model, prompts[1])
 
 
 def test_an_owner_that_fails_ends_its_own_request_only(

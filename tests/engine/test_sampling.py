@@ -95,6 +95,25 @@ def test_extreme_settings_give_a_token_and_leave_the_other_rows_alone() -> None:
         assert tokens[1] == draw(rows[1:], usual, history)[0], (name, value)
 
 
+@pytest.mark.parametrize("more", [{}, {"top_p": 0.9}, {"top_k": 4}, {"min_p": 0.1}])
+def test_no_temperature_draws_what_is_forbidden(more: dict[str, float]) -> None:
+    """1e39 is infinite in fp32."""
+    allowed = torch.arange(VOCABULARY) % 100 == 3
+    for temperature in (5e-324, 1.0, 3e38, 1e39, 1e308):
+        params = [SamplingParams(temperature=temperature, **more)] * 40
+        rows, histories = logits(1).expand(40, -1), [np.array([], np.int64)] * 40
+        seeds = [torch.Generator().manual_seed(seed) for seed in range(40)]
+        assert allowed[sample(rows, params, histories, seeds, [allowed] * 40)].all(), temperature
+
+
+def test_a_gpu_takes_any_top_k_too() -> None:
+    """One beyond 64 bits must not fail the batch."""
+    params = [SamplingParams(temperature=1, top_k=top_k) for top_k in (10**30, 1)]
+    rows = logits(1).softmax(-1).expand(2, -1)
+    drawn = sampling._draw_sorted(rows, params, torch.tensor([0.999, 0.999]))
+    assert drawn[0] != drawn[1] == rows[1].argmax()
+
+
 @pytest.mark.parametrize("spoiled", [float("nan"), float("inf")])
 @pytest.mark.parametrize("more", [{}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"top_p": 0.999}])
 def test_a_row_that_is_not_finite_leaves_the_others_alone(more: dict[str, float], spoiled: float) -> None:

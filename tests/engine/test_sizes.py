@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 import pytest
@@ -146,3 +147,20 @@ def test_an_answer_goes_on_where_its_blocks_end_and_memory_is_gone(monkeypatch: 
     assert 100 < len(tokens) < 350
     assert tokens == naive_generate(MODEL, prompt)[: len(tokens)]
     assert isinstance(deltas[-1].error, WorkError)
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_without_memory_for_the_first_that_waits_the_next_is_answered(
+    comes_back: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where memory is there again at once: the reason is what was found when a block was missing."""
+    memory = itertools.count()
+    monkeypatch.setattr(engine_module, "has_memory", lambda device, mapped: comes_back and next(memory) > 1)
+    engine = Engine(MODEL, cache_tokens=1000)
+    engine._prefix_cache._used = 2  # blocks that have memory
+    _, long = ask(engine, 300, 4)
+    prompt, short = ask(engine, 100, 4)
+    while engine.step():
+        pass
+    assert (long[-1].finish, type(long[-1].error)) == ("error", WorkError)
+    assert [token for delta in short for token in delta.tokens] == naive_generate(MODEL, prompt)

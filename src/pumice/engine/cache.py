@@ -122,6 +122,7 @@ class PrefixCache:
     ) -> None:
         self.blocks, self.block, self.keep_finished = blocks, block, keep_finished
         self._copy, self.has_memory = copy, has_memory
+        self.lacked_memory = False  # whether a block was missing for want of memory when last counted
         self.evictions = 0
         self.cached_tokens = 0  # in idle blocks
         self.busy: dict[int, CacheBlock] = {}  # those with owners, by number
@@ -182,7 +183,8 @@ class PrefixCache:
     def available(self) -> int:
         """The number of blocks that could be allocated now."""
         free = len(self._free)
-        if self._used < self.blocks and not self.has_memory():
+        self.lacked_memory = self._used < self.blocks and not self.has_memory()
+        if self.lacked_memory:
             free = sum(number < self._used for number in self._free)
         return free + len(self.idle)
 
@@ -232,7 +234,9 @@ class PrefixCache:
 
     def recover(self, slots: Sequence[CacheSlot]) -> None:
         """Put everything in order after an interruption: only `slots` own blocks."""
-        # 1. The tables of the running sequences say which blocks are busy. The others have no owner.
+        # 1. The running sequences say which blocks are busy. The others have no owner.
+        for slot in slots:
+            slot.table = [block.number for block in slot.blocks]
         owners = Counter(block.number for slot in slots for block in slot.blocks)
         for block in [block for slot in slots for block in slot.blocks]:
             self.busy[block.number] = block

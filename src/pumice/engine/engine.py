@@ -174,8 +174,10 @@ class Engine:
     def _step(self) -> bool:
         # 1. Take new requests from the queue.
         with self._changed:
-            submitted, self._submitted = self._submitted, []
-        self._scheduler.waiting.extend(submitted)
+            waiting, submitted = self._scheduler.waiting, self._submitted
+            # After an interruption here, they are in the queue already.
+            waiting.extend(request for request in submitted if request not in waiting)
+            self._submitted = []
         if submitted and not self._snapshot.is_current():
             self.forget()
         # 2. End cancelled requests before they cost anything.
@@ -184,6 +186,10 @@ class Engine:
         # 3. Plan: one token per running answer, then prompt chunks until the budget is used.
         try:
             plan = self._scheduler.plan()
+        except WorkError as error:
+            # No memory for the first of the queue. The next may be shorter.
+            self._finish(self._scheduler.waiting[0], "error", error)
+            return True
         except Exception as error:
             # Such as no memory for a copy. End all requests, so that none waits for ever.
             for request in self._requests():

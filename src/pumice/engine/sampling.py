@@ -192,7 +192,8 @@ def likelihoods(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
     logits = logits.float()
     # Subtract the maximum, so that a tiny temperature gives no infinity. The softmax stays the same.
     logits = logits - logits.amax(-1, keepdim=True)
-    divisors = numbers_on(logits.device, [max(t, 1e-20) for t in temperatures], logits.dtype)
+    # Nor may a temperature be infinite in fp32: what is forbidden, -inf, would be divided to NaN.
+    divisors = numbers_on(logits.device, [min(max(t, 1e-20), 1e30) for t in temperatures], logits.dtype)
     return logits.div_(divisors[:, None]).softmax(-1)
 
 
@@ -293,7 +294,7 @@ def _draw_sorted(probabilities: Tensor, params: Sequence[SamplingParams], number
     best = probabilities.sort(dim=-1, descending=True, stable=True)
     count = probabilities.shape[1]
     places = torch.arange(count, device=probabilities.device)
-    limits = numbers_on(probabilities.device, [one.top_k or count for one in params])
+    limits = numbers_on(probabilities.device, [min(one.top_k or count, count) for one in params])
     values = best.values * (places < limits[:, None])
     picked = _pick(values * keep(params, values), numbers)
     return best.indices.gather(1, picked[:, None])[:, 0]

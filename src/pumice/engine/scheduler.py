@@ -34,8 +34,8 @@ class Scheduler:
     def plan(self) -> list[tuple[Request, int]]:
         """Return requests, and how many tokens of each the next step computes. Empty if there is no request.
 
-        Raise RuntimeError if requests wait and none of them can be started, or WorkError if that is for
-        want of memory.
+        Raise WorkError if nothing runs and the first that waits cannot be started for want of memory, or
+        RuntimeError if it cannot for another reason.
         """
         # 1. Admit requests until slots or cells run out.
         self._admit()
@@ -57,7 +57,7 @@ class Scheduler:
                 budget -= count
                 plan.append((request, count))
         if self.waiting and not plan:
-            if not self.prefix_cache.has_memory():
+            if self.prefix_cache.lacked_memory:
                 raise WorkError(
                     "no memory is left for the KV cache; close other programs or ask for a shorter answer"
                 )
@@ -73,7 +73,11 @@ class Scheduler:
             self.waiting.remove(request)
 
     def recover(self) -> None:
-        """Put the prefix cache in order after a step that was interrupted."""
+        """Put the requests and the prefix cache in order after a step that was interrupted."""
+        # One that was being started or preempted may be in both lists, or have a slot while it waits.
+        self.waiting = deque(request for request in self.waiting if request not in self.running)
+        for request in self.waiting:
+            request.slot = None
         slots = [request.slot for request in self.running if request.slot is not None]
         self.prefix_cache.recover(slots)
 
@@ -135,9 +139,9 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Stop a running request and put it first in the queue. It continues later from its last token."""
+        self.waiting.appendleft(request)  # first, so that an interruption does not lose it
         self.running.remove(request)
         self._release(request)
-        self.waiting.appendleft(request)
 
     def _release(self, request: Request) -> None:
         if request.slot is not None:

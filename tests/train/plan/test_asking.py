@@ -15,6 +15,7 @@ from pumice.cli import app
 from pumice.cli.plan import describe_ask
 from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, ModelConfig, VisionConfig
 from pumice.engine.engine import Engine, Plan
+from pumice.errors import InputError
 from pumice.formats.import_ import import_model
 from pumice.formats.load import shapes
 from pumice.formats.read import read_model
@@ -120,6 +121,16 @@ def test_a_model_that_sees_no_pictures_is_told_as_such() -> None:
     lines = describe_ask(AskPlan("m", "cpu", 2, "AVX2", 8e9, 15, 0, (cost,)))
     assert lines[1] == "a question: 15 tokens; the model sees no pictures"
     assert not any("tower" in line for line in lines)
+
+
+def test_a_context_with_little_room_is_timed_and_one_without_is_refused(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DecoderConfig(64, 32, 2, 2, 2, 16, 64, context=61)
+    assert min(measure_decoder(config, None, 60, torch.device("cpu"), torch.float32)) > 0
+    monkeypatch.setattr(asking, "_measure_image", lambda *_, quantized: (256, 250, 1.0))
+    with pytest.raises(InputError, match="it takes 256 tokens and the model's context is 256; use another"):
+        plan_ask(str(tiny_folder), "cpu")
 
 
 def test_layers_that_are_not_timed_count_too_and_what_comes_once_does_not(

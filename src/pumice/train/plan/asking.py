@@ -27,6 +27,7 @@ from pumice.conversation import Conversation, user_message
 from pumice.engine.engine import Engine
 from pumice.engine.requests import Prompt
 from pumice.engine.sampling import SamplingParams
+from pumice.errors import InputError
 from pumice.formats.load import find_device, usual_dtype
 from pumice.formats.quantize import can_quantize, kept_below
 from pumice.formats.read import read_or_outline
@@ -101,6 +102,11 @@ def plan_ask(source: str, device: str | None = None) -> AskPlan:
         # 1. The prompt of a question about a usual picture, and how long tower and connector take for it: as
         #    they are, and as they are beside a quantised language model, where that differs.
         prompt_tokens, image_tokens, image_seconds = _measure_image(loaded, place, quantized=False)
+        if prompt_tokens >= loaded.config.decoder.context:
+            raise InputError(
+                f"'{source}' cannot answer a question about a usual picture: it takes {prompt_tokens} tokens "
+                f"and the model's context is {loaded.config.decoder.context}; use another model"
+            )
         quantized_seconds = image_seconds
         kinds = [None, *(KINDS if can_quantize(loaded.config.decoder) else ())]
         with torch.device("meta"):
@@ -209,7 +215,8 @@ def time_answer(
 def _probe(config: DecoderConfig, quantize: str | None, device: torch.device, dtype: torch.dtype) -> Llava:
     """Return a language model whose weights are all the same number."""
     # The embedding is only looked up, so that the vocabulary's matrix may stand for both.
-    decoder_config = replace(config, tied_head=True)
+    # The context may leave less room than the tokens that are timed.
+    decoder_config = replace(config, tied_head=True, context=config.context + TIMED_TOKENS)
     vision = VisionConfig(kind="none", width=config.width)
     with torch.device("meta"):
         model = Llava(ModelConfig(decoder_config, vision, ConnectorConfig("identity")))
