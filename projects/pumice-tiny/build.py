@@ -23,6 +23,7 @@ from rows.captions import align_rows, caption_rows
 from rows.coco import CATEGORIES, Scene, read_coco
 from rows.composites import SHAPES, Thing, draw_scene, draw_shape, read_stamps
 from rows.conversation import conversation_rows
+from rows.crops import crop_pictures
 from rows.describe import describe_rows
 from rows.easy_vqa import easy_vqa_rows
 from rows.flickr import raw_captions, read_photos, split
@@ -70,7 +71,7 @@ def coco_rows(scenes: Sequence[Scene], seed: int) -> dict[str, list[Row]]:
     for question in chosen:
         questions[question.photo.name].append(question)
     captioned = [scene.photo for scene in scenes if scene.photo.captions]
-    vqa, vqa_sides = vqa_rows(scenes, seed)
+    vqa, vqa_numbers, vqa_sides = vqa_rows(scenes, seed)
     counted, sides = box_rows(scenes, seed)
     captions, consensus = caption_rows(captioned, seed)
     return {
@@ -87,6 +88,7 @@ def coco_rows(scenes: Sequence[Scene], seed: int) -> dict[str, list[Row]]:
         "coco_statements": statement_rows(scenes, seed),
         "coco_follow_up": follow_up_rows(scenes, questions, seed),
         "vqa": vqa,
+        "vqa_numbers": vqa_numbers,
         "vqa_sides": vqa_sides,
     }
 
@@ -100,8 +102,12 @@ def build(
     composites: Mapping[str, int] = COMPOSITES,
     validation: int = 500,
     coco_validation: int = coco.VALIDATION_PHOTOS,
+    cropped: float = 0,
 ) -> dict[str, dict[str, int]]:
-    """Write every file below `out`; returns {"train/captions": {"rows": ..., "pictures": ...}, ...}."""
+    """Write every file below `out`; returns {"train/captions": {"rows": ..., "pictures": ...}, ...}.
+
+    cropped: share of photographs that training rows show as crops, where `rows.crops` allows it.
+    """
     train, held = split(read_photos(photos_root), validation)
     cut_outs = read_stamps(stamps) if stamps else []
     things = [*cut_outs, *(Thing(name, "red", draw_shape(name, "red", 16)) for name in SHAPES)]
@@ -132,6 +138,8 @@ def build(
             label_questions(held_out, seed), CATEGORIES, seed, "coco-presence"
         )
         sources["val/vqa_test"] = vqa_test(held_out)
+    if cropped:
+        crop_pictures(sources, photos_root, out, cropped, seed)
     summary = write(sources, out)
     written = raw_captions(photos_root)
     write_captions(out / "val" / "captions.json", {photo.image: written[photo.image] for photo in held})
@@ -174,9 +182,17 @@ def main() -> None:
         "--stamps", type=Path, help="unpacked Tux Paint stamps, for composites of real things"
     )
     parser.add_argument("--easy-vqa", type=Path, help="unpacked easy_vqa package; its test split is not read")
+    parser.add_argument(
+        "--cropped", type=float, default=0, help="share of photographs shown as crops (0 to 1)"
+    )
     options = parser.parse_args()
     for name, counts in build(
-        options.photos, options.out, options.seed, options.stamps, options.easy_vqa
+        options.photos,
+        options.out,
+        options.seed,
+        options.stamps,
+        options.easy_vqa,
+        cropped=options.cropped,
     ).items():
         print(f"{name:24} {counts['rows']:7} rows {counts['pictures']:6} pictures")
 

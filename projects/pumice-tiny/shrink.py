@@ -22,7 +22,7 @@ from pumice.formats.pumice import folder
 from pumice.formats.pumice.folder import open_parts
 from pumice.storage.parts import LoadedParts
 
-LIMIT = 20 * 2**20  # bytes
+LIMIT = 28 * 2**20  # bytes
 
 
 def mean(sources: Sequence[Path]) -> LoadedParts:

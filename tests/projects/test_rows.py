@@ -17,8 +17,8 @@ from PIL import Image
 
 RECIPE = Path(__file__).parents[2] / "projects" / "pumice-tiny"
 MODULES = (
-    *("attributes", "base", "boxes", "captions", "coco", "composites", "flickr", "follow_up", "grammar"),
-    *("labels", "mentions", "nouns", "presence", "refusal", "scene_rows", "text_only", "vqa"),
+    *("attributes", "base", "boxes", "captions", "coco", "composites", "crops", "flickr", "follow_up"),
+    *("grammar", "labels", "mentions", "nouns", "presence", "refusal", "scene_rows", "text_only", "vqa"),
 )
 
 
@@ -381,10 +381,22 @@ def test_answers_of_three_people_are_learned_in_proportion(rows: Any) -> None:
 
 def test_what_tells_sides_or_writing_is_never_mirrored(rows: Any) -> None:
     questions = (asked("Who is on the left?", *["man"] * 5), asked("What color is it?", *["red"] * 5))
-    plain, sided = rows.vqa.vqa_rows([scene(rows, vqa=questions)], 0)
+    plain, numbers, sided = rows.vqa.vqa_rows([scene(rows, vqa=questions)], 0)
     assert {r["conversations"][0]["value"].splitlines()[1][:4].lower() for r in sided} == {"who "}
-    assert len(plain) == len(sided) == 4
+    assert len(plain) == len(sided) == 4 and numbers == []
     assert rows.coco.tells_sides("What does the sign say?") and not rows.coco.tells_sides("Is it signal red?")
+
+
+def test_one_is_the_answer_to_a_third_of_what_would_be_answered_so(rows: Any) -> None:
+    scenes = [
+        scene(rows, name=f"p{n}", vqa=(asked(f"How many dogs {n}?", *[answer] * 10),))
+        for n in range(60)
+        for answer in ("1", "2")
+    ]
+    plain, numbers, sided = rows.vqa.vqa_rows(scenes, 0)
+    assert plain == sided == []
+    shown = Counter(r["conversations"][1]["value"].rstrip(".") for r in numbers)
+    assert shown["2"] == 60 * 4 and 10 * 4 <= shown["1"] <= 30 * 4
 
 
 def test_boxes_tell_numbers_and_sides(rows: Any) -> None:
@@ -483,3 +495,22 @@ def test_coco_is_read_split_and_written_beside_the_rest(build: ModuleType, tmp_p
     assert asked_of == held and captioned <= held
     answers = Counter(entry["answer"] for entry in written["val/coco_presence.jsonl"])
     assert answers["yes"] == answers["no"] > 0
+
+
+def test_training_rows_show_crops_where_they_stay_right(rows: Any, tmp_path: Path) -> None:
+    image = "coco/images/a.jpg"
+    (tmp_path / image).parent.mkdir(parents=True)
+    Image.effect_noise((64, 48), 90).save(tmp_path / image)
+    sources = {
+        name: [{"id": name, "image": image, "conversations": []}]
+        for name in ("train/captions", "train/coco_list", "train/vqa_numbers", "val/captions")
+    }
+    out = tmp_path / "out"
+    rows.crops.crop_pictures(sources, tmp_path, out, share=1, seed=3)
+    shown = {name: source[0]["image"] for name, source in sources.items()}
+    assert shown["train/captions"] == shown["train/coco_list"] == f"crops/3/{image}"
+    assert shown["train/vqa_numbers"] == shown["val/captions"] == image
+    with Image.open(out / f"crops/3/{image}") as made, Image.open(tmp_path / image) as whole:
+        assert made.size == whole.size and made.convert("L").tobytes() != whole.convert("L").tobytes()
+    rows.crops.crop_pictures(sources | {"train/captions": [{"image": image}]}, tmp_path, out, share=0, seed=4)
+    assert not (out / "crops/4").exists()

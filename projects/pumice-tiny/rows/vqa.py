@@ -46,17 +46,25 @@ def vqa_turns(asked: dict[str, Any], seed: int) -> list[Turn]:
     return turns
 
 
-def vqa_rows(scenes: Sequence[Scene], seed: int) -> tuple[list[Row], list[Row]]:
-    """(rows whose pictures may be mirrored, rows whose pictures may not)."""
+def vqa_rows(scenes: Sequence[Scene], seed: int) -> tuple[list[Row], list[Row], list[Row]]:
+    """(rows whose pictures may be mirrored, those of them on numbers, rows whose pictures may not).
+
+    A third of the questions on numbers keep the answer "1", or it would always win.
+    """
     plain: list[Row] = []
+    numbers: list[Row] = []
     sided: list[Row] = []
     for scene in scenes:
         for index, asked in enumerate(scene.vqa):
             texts = (asked["question"], *asked["answers"])
-            rows = sided if any(map(tells_sides, texts)) else plain
+            counts = asked["question"].lower().startswith("how many")
+            rows = sided if any(map(tells_sides, texts)) else numbers if counts else plain
+            name = f"vqa-{scene.photo.name}-{index}"
+            keep_one = not counts or rng(seed, "one", name).random() < 1 / 3
             for number, turn in enumerate(vqa_turns(asked, seed)):
-                rows.append(row(f"vqa-{scene.photo.name}-{index}-{number}", scene.photo.image, [turn]))
-    return plain, sided
+                if keep_one or turn[1].rstrip(".") != "1":
+                    rows.append(row(f"{name}-{number}", scene.photo.image, [turn]))
+    return plain, numbers, sided
 
 
 def statement_turn(statement: dict[str, Any], random_: random.Random) -> Turn:
