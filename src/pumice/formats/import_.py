@@ -117,7 +117,7 @@ def _quantize(loaded: LoadedParts, state: LazyStateDict, bits: str) -> tuple[Loa
     state = quantize_state(loaded.config, state, bits)
     parts = {part: source for part, source in loaded.parts.items() if part != "decoder"}
     config = dataclasses.replace(loaded.config, lora=None)
-    notes = (*loaded.notes, *filter(None, [rounded(state), kept_below(state, bits)]))
+    notes = (*loaded.notes, *filter(None, [rounded(state), kept_below(config, state, bits)]))
     return dataclasses.replace(loaded, config=config, parts=parts, notes=notes), state
 
 

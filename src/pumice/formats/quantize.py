@@ -73,9 +73,13 @@ def stored_in_blocks(config: ModelConfig, state: LazyStateDict) -> bool:
     return config.lora is None and bool(blocks) and None not in blocks
 
 
-def kept_below(state: LazyStateDict, bits: str) -> str:
-    """Say which matrices were stored in fewer bits than were asked for, and stay so; "" if none were."""
-    kinds = {tensor.blocks.kind for tensor in state.values() if tensor.blocks is not None}
+def kept_below(config: ModelConfig, state: LazyStateDict, bits: str) -> str:
+    """Say which matrices were stored in fewer bits than were asked for, and stay so; "" if none were.
+
+    Those with adapters do not stay so: merging gives them all their bits.
+    """
+    _, merged = merge_adapters(config, state)
+    kinds = {tensor.blocks.kind for tensor in merged.values() if tensor.blocks is not None}
     if bits != "int8" or not (fewer := sorted(kind.name for kind in kinds - {BlockFormat.Q8_0})):
         return ""
     return f"matrices in {' and '.join(fewer)} stay so: int8 cannot bring back what 4 bits lost"

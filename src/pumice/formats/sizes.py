@@ -118,7 +118,7 @@ def check_memory(
     if smaller:
         remedy = "use " + " or ".join(f"--quantize {kind}, which needs {_gb(size)}" for kind, size in smaller)
     kind = "without quantisation" if quantize is None else f"in {quantize}"
-    if quantize is not None and kept_below(loaded.state, quantize):
+    if quantize is not None and kept_below(loaded.config, loaded.state, quantize):
         kind = "as it is stored"
     if cache_tokens is not None and device.type == "cuda":
         kind, remedy = f"{kind} with a KV cache of {cache_tokens} tokens", f"give fewer tokens, {remedy}"

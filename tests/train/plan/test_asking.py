@@ -99,21 +99,34 @@ def test_the_page_about_a_7b_tells_what_is_planned(monkeypatch: pytest.MonkeyPat
     assert f"it says {few / 1e9:.0f} GB" in page
 
 
-def test_what_is_stored_in_4_bits_is_timed_so(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import_model(str(tiny_folder), tmp_path / "few", quantize="int4")
-    timed: list[str | None] = []
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """The kinds of weights that a plan times, which takes no time here."""
+    kinds: list[str | None] = []
 
     def time_answer(config: DecoderConfig, quantize: str | None, *_: object) -> tuple[float, float]:
-        timed.append(quantize)
+        kinds.append(quantize)
         return 1.0, 1.0
 
     monkeypatch.setattr(asking, "time_answer", time_answer)
+    return kinds
+
+
+def test_what_is_stored_in_4_bits_is_timed_so(
+    tiny_folder: Path, tmp_path: Path, timed: list[str | None]
+) -> None:
+    import_model(str(tiny_folder), tmp_path / "few", quantize="int4")
     plan = plan_ask(str(tmp_path / "few"), "cpu")
     assert timed == [None, "int4", "int4"]
     assert plan.costs[1].memory == plan.costs[2].memory
     assert plan.notes[-1] == "matrices in Q4_1 stay so: int8 cannot bring back what 4 bits lost"
+
+
+def test_what_is_stored_in_4_bits_with_adapters_is_timed_in_8(timed: list[str | None]) -> None:
+    plan = plan_ask("pumice-tiny", "cpu")
+    assert set(timed) == {None, "int8", "int4"}
+    assert plan.costs[1].memory["language model"] > 1.3 * plan.costs[2].memory["language model"]
+    assert not [note for note in plan.notes if "stay so" in note]
 
 
 def test_a_model_that_sees_no_pictures_is_told_as_such() -> None:

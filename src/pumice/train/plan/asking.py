@@ -118,7 +118,7 @@ def plan_ask(source: str, device: str | None = None) -> AskPlan:
             _cost(loaded, kind, place, free, prompt_tokens, quantized_seconds if kind else image_seconds)
             for kind in kinds
         )
-    if kept := kept_below(loaded.state, "int8"):
+    if kept := kept_below(loaded.config, loaded.state, "int8"):
         notes = (*notes, kept)
     return AskPlan(
         source, place.type, torch.get_num_threads(), kernel_name(), free,
@@ -152,7 +152,8 @@ def _cost(
     memory["KV cache"] = cells * token_bytes
     memory["program and buffers"] = (PROCESS_BYTES if device.type == "cpu" else 0.0) + step_bytes
     # 2. Time. Matrices that are stored in fewer bits stay so.
-    bits = "int4" if quantize is not None and kept_below(loaded.state, quantize) else quantize
+    kept = quantize is not None and kept_below(loaded.config, loaded.state, quantize)
+    bits = "int4" if kept else quantize
     prefill, token = measure_decoder(config, bits, prompt_tokens, device, dtype)
     fits = None if free is None else sum(memory.values()) <= free
     return AskCost(quantize or "none", memory, image_seconds + prefill, 1 / token, fits)
