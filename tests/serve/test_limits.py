@@ -415,7 +415,8 @@ def test_readers_who_go_away_end_their_requests(server: str, caplog: pytest.LogC
     caplog.set_level("INFO", "pumice.serve")
     for stream in (False, True):
         before = _count(server, "pumice_cancelled_requests_total")
-        body = json.dumps(ask(max_tokens=2000, temperature=1.0, stream=stream))
+        # This seed draws an answer that fills the context; others draw four tokens.
+        body = json.dumps(ask(max_tokens=2000, temperature=1.0, seed=0, stream=stream))
         port = int(server.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port)) as connection:
             head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"

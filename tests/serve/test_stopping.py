@@ -234,7 +234,7 @@ def test_a_second_signal_ends_the_drain(process: Callable[..., Any]) -> None:
     server = process("--slots", "1", "--drain-timeout", "100000")
     url = server.url
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
-        body = ask(max_tokens=2000, temperature=1.0)
+        body = ask(max_tokens=2000, temperature=1.0, seed=0)
         running = [pool.submit(post, url, {**body, "seed": number}) for number in range(12)]
         while "pumice_running_requests 1.0" not in httpx.get(f"{url}/metrics").text:
             assert not all(future.done() for future in running)
