@@ -138,8 +138,7 @@ def build(
             label_questions(held_out, seed), CATEGORIES, seed, "coco-presence"
         )
         sources["val/vqa_test"] = vqa_test(held_out)
-    if cropped:
-        crop_pictures(sources, photos_root, out, cropped, seed)
+    crop_pictures(sources, photos_root, out, cropped, seed)
     summary = write(sources, out)
     written = raw_captions(photos_root)
     write_captions(out / "val" / "captions.json", {photo.image: written[photo.image] for photo in held})

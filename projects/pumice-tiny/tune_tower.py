@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import math
 import random
-import re
 import sys
 import tempfile
 from collections import Counter
@@ -30,14 +29,15 @@ from rich.progress import track
 from rows.coco import CATEGORIES, Scene, read_coco, split
 from rows.crops import crop
 from torch import Tensor, nn
-from warm import COMMON
+from warm import telling_words
+from widen import FINE
 
 from pumice.errors import InputError
 from pumice.formats.load import Opened, open_model
 from pumice.formats.pumice import folder
 from pumice.formats.read import find_model
 from pumice.images import open_image, to_tiles
-from pumice.model.efficientnet import EfficientNetLite
+from pumice.model.efficientnet import EfficientNetLite, fine_channels
 from pumice.model.llava import Llava
 from pumice.train.loop import schedule
 
@@ -48,7 +48,7 @@ MIRRORED = 0.7  # share of crops
 
 
 def words_of(scene: Scene) -> set[str]:
-    return set(re.findall(r"[a-z]+", " ".join(scene.raw_captions).lower())).difference(COMMON.split())
+    return telling_words(" ".join(scene.raw_captions))
 
 
 def targets(scenes: Sequence[Scene], words: Sequence[str]) -> Tensor:
@@ -110,9 +110,11 @@ def loss(scores: Sequence[Tensor], table: Tensor) -> Tensor:
 @torch.inference_mode()
 def stride_16_maps(model: Llava, paths: Sequence[Path], file: Path) -> np.memmap:
     """(pictures, 2, C, G, G) in fp16 on the disk: of each picture whole, and of one crop of it."""
-    tower, size, policy = model.tower, model.config.vision.image_size, model.config.image
+    tower, vision, policy = model.tower, model.config.vision, model.config.image
+    size, side = vision.image_size, vision.image_size // FINE
+    channels = fine_channels(vision.variant, FINE)
+    maps = np.memmap(file, np.float16, "w+", shape=(len(paths), 2, channels, side, side))
     random_ = random.Random(0)
-    maps = None
     for number, path in enumerate(track(paths, "looking at photographs")):
         picture = open_image(path)
         mirror = random_.random() < MIRRORED
@@ -120,11 +122,7 @@ def stride_16_maps(model: Llava, paths: Sequence[Path], file: Path) -> np.memmap
         values = tower.stem(torch.from_numpy(np.concatenate(views)))
         for block in tower.blocks[: tower.fine + 1]:
             values = block(values)
-        if maps is None:
-            maps = np.memmap(file, np.float16, "w+", shape=(len(paths), *values.shape))
         maps[number] = values.numpy()
-    if maps is None:
-        raise InputError("there are no COCO photographs to learn from")
     return maps
 
 
@@ -187,8 +185,18 @@ def main() -> None:
 def learn(
     opened: Opened, parts: tuple[list[Scene], list[Scene]], photos: Path, scratch: Path, epochs: int
 ) -> list[float]:
-    """Tune the opened model's tower on parts[0]; return the losses on parts[1]. Maps lie in `scratch`."""
+    """Tune the opened model's tower on parts[0]; return the losses on parts[1]. Maps lie in `scratch`.
+
+    Raises InputError where the tower has no finer features, or there are too few photographs.
+    """
     model = opened.model
+    if model.config.vision.also_stride != FINE:
+        raise InputError("the tower needs finer features, as widen.py gives them")
+    if len(parts[0]) < BATCH or not parts[1]:
+        raise InputError(
+            f"there are {len(parts[0])} COCO photographs to learn from and {len(parts[1])} held out; "
+            f"{BATCH} and 1 are the least"
+        )
     counts = Counter(word for scene in parts[0] for word in words_of(scene))
     words = sorted(word for word, count in counts.items() if count >= RARE)
     with tempfile.TemporaryDirectory(dir=scratch) as maps_folder:

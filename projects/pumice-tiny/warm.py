@@ -41,13 +41,18 @@ what next very"""  # words that say little of a picture
 RARE = 4  # pictures that must share a word before it is learned
 
 
+def telling_words(text: str) -> set[str]:
+    """The words of captions that say something of a picture."""
+    return set(re.findall(r"[a-z]+", text.lower())).difference(COMMON.split())
+
+
 def caption_words(sources: Sequence[RowSource]) -> dict[str, Counter[str]]:
     """Picture -> how many of its captions use each word."""
     words: dict[str, Counter[str]] = defaultdict(Counter)
     for source in sources:
         for row in Rows(source.rows):
-            text = " ".join(text for speaker, text in row.turns if speaker == "gpt").lower()
-            words[row.image[0]].update(set(re.findall(r"[a-z]+", text)).difference(COMMON.split()))
+            text = " ".join(text for speaker, text in row.turns if speaker == "gpt")
+            words[row.image[0]].update(telling_words(text))
     return words
 
 

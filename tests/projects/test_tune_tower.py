@@ -88,6 +88,15 @@ def test_what_nobody_said_is_not_learnt(tuning: ModuleType, parts: Any) -> None:
     assert tuning.loss(scores, table).item() == pytest.approx(known.item() * 0.6931 / 2, rel=1e-3)
 
 
-def test_no_photographs_are_refused(tuning: ModuleType, wide: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="there are no COCO photographs to learn from"):
-        tuning.learn(open_model(wide, merge=False), ([], []), tmp_path, tmp_path, epochs=1)
+def test_what_cannot_be_tuned_is_refused(
+    tuning: ModuleType, wide: Path, tiny_folder: Path, parts: Any, tmp_path: Path
+) -> None:
+    opened = open_model(wide, merge=False)
+    for few in ([], []), (parts[0][:3], parts[1]), (parts[0], []):
+        message = (
+            f"there are {len(few[0])} COCO photographs to learn from and {len(few[1])} held out; 4 and 1"
+        )
+        with pytest.raises(InputError, match=message):
+            tuning.learn(opened, few, tmp_path, tmp_path, epochs=1)
+    with pytest.raises(InputError, match=r"needs finer features, as widen\.py gives them"):
+        tuning.learn(open_model(tiny_folder, merge=False), parts, tmp_path, tmp_path, epochs=1)

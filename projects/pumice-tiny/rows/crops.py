@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
+from pumice.errors import InputError
 from rows.base import Row, rng
+from rows.coco import tells_sides
 
-# Sources that a crop leaves right. Those that count things or tell places see whole photographs.
+# Sources that a crop leaves right, but for single rows that count things or tell sides.
 SOURCES = (
     *("captions", "consensus", "describe", "happening", "presence", "refusal", "conversation"),
     *("coco_captions", "coco_consensus", "coco_describe", "coco_happening"),
@@ -37,17 +40,26 @@ def crop_pictures(
 ) -> None:
     """Let the training rows of SOURCES show a crop of this share of their photographs, one of each.
 
-    Writes the crops below `out`/crops/SEED and changes `image` of the rows.
+    Writes the crops below `out`/crops/SEED and changes `image` of the rows. Raises InputError unless the
+    share is between 0 and 1.
     """
+    if not 0 <= share <= 1:
+        raise InputError(f"--cropped is {share}; give a share between 0 and 1")
     chosen: dict[str, str] = {}  # the photograph's path -> its crop's, or its own
     for source in SOURCES:
         for row in sources.get(f"train/{source}", ()):
             image = row["image"]
-            if not image.startswith(FOLDERS):
+            if not image.startswith(FOLDERS) or _needs_whole(row):
                 continue
             if image not in chosen:
                 chosen[image] = _write(image, photos_root, out, share, seed)
             row["image"] = chosen[image]
+
+
+def _needs_whole(row: Row) -> bool:
+    """Whether the row counts things or tells sides, which a crop may change."""
+    text = " ".join(turn["value"] for turn in row["conversations"])
+    return re.search(r"\b(how many|number of)\b", text.lower()) is not None or tells_sides(text)
 
 
 def _write(image: str, photos_root: Path, out: Path, share: float, seed: int) -> str:
