@@ -298,6 +298,27 @@ def test_a_plan_fetches_no_weights(hub: Hub, folder: Path, monkeypatch: pytest.M
     assert not any("fetches" in note for note in plan_ask("owner/model", "cpu").notes)
 
 
+def test_other_files_of_a_cached_repository_are_not_copied(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as the same model in GGUF."""
+    hub.add("owner/model", folder)
+    read_or_outline("owner/model")
+    config = next(Path(constants.HF_HUB_CACHE).rglob("config.json"))
+    config.with_name("model-f16.gguf").write_bytes(b"GGUF")
+    copied: list[str] = []
+    copy = shutil.copyfile
+
+    def noted(source: Path, target: Path) -> Any:
+        copied.append(target.name)
+        return copy(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", noted)
+    read_or_outline("owner/model")
+    assert "config.json" in copied
+    assert "model-f16.gguf" not in copied
+
+
 @pytest.mark.filterwarnings("ignore:Not enough free disk space")  # the client's own, beside our error
 def test_a_full_disk_is_told_before_the_weights_are_fetched(
     hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -358,7 +379,7 @@ def test_weights_whose_header_cannot_be_read_are_fetched_and_then_refused(
 
 
 def test_values_that_decide_something_are_fetched(
-    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As of an adapter with copies of the base's matrices, which are compared with it."""
     remote = hub.add("owner/model", folder)
@@ -372,6 +393,7 @@ def test_values_that_decide_something_are_fetched(
     _, missing = read_or_outline("owner/model")
     assert missing == 0
     assert hub.weight_bytes() >= stored(remote)
+    assert "model.safetensors cannot be read in parts, so that all weights are downloaded" in caplog.text
 
 
 def test_a_local_file_is_never_an_outline(folder: Path, tmp_path: Path) -> None:

@@ -173,6 +173,16 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
             open_file(tmp_path / "x.bin")
 
 
+def test_a_lack_of_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    torch.save(STATE, tmp_path / "x.bin")
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(MemoryError):
+        open_file(tmp_path / "x.bin")
+
+
 def test_other_types_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot write n: torch\.int64 is none of F32, F16, BF16"):
         write_file(tmp_path / "x.safetensors", stocks({"n": torch.arange(3)}))

@@ -99,8 +99,10 @@ def evaluate(
         raise InputError("--predictions is missing; name the file of answers (with --model it is written)")
     if reference is not None:
         check_known(reference, PUBLISHED, f"no numbers of {reference!r} are known")
-    answering = {"--max-new-tokens": max_new_tokens, "--model-name": model_name}
-    for option, value in {**answering, "--slots": slots, "--device": device}.items():
+    answering = {
+        "--max-new-tokens": max_new_tokens, "--model-name": model_name, "--slots": slots, "--device": device
+    }  # fmt: skip
+    for option, value in answering.items():
         if value is not None and model is None:
             raise InputError(f"{option} is for a model that answers; add --model, or leave it out")
     if compare is not None and model is not None:

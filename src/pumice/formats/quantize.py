@@ -78,9 +78,11 @@ def kept_below(config: ModelConfig, state: LazyStateDict, bits: str) -> str:
 
     Those with adapters do not stay so: merging gives them all their bits.
     """
+    if bits != "int8":
+        return ""
     _, merged = merge_adapters(config, state)
     kinds = {tensor.blocks.kind for tensor in merged.values() if tensor.blocks is not None}
-    if bits != "int8" or not (fewer := sorted(kind.name for kind in kinds - {BlockFormat.Q8_0})):
+    if not (fewer := sorted(kind.name for kind in kinds - {BlockFormat.Q8_0})):
         return ""
     return f"matrices in {' and '.join(fewer)} stay so: int8 cannot bring back what 4 bits lost"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import find_weights
 
 BUILT_IN = Path(__file__).parent.parent / "models"
+_LOG = logging.getLogger(__name__)
 
 
 def find_model(source: str | os.PathLike[str]) -> Path:
@@ -140,8 +142,8 @@ def read_or_outline(
     with outlines() as fetched:
         try:
             return read(), fetched.missing
-        except ValuesNotHere:
-            pass
+        except ValuesNotHere as error:
+            _LOG.warning("%s: %s cannot be read in parts, so that all weights are downloaded", source, error)
         except InputError as error:
             if not fetched.missing:
                 raise

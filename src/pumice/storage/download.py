@@ -175,7 +175,8 @@ def model_from_hub(name: str) -> Path:
     sizes = _weights_on_hub(name, revision or None)
     missing = sum(size for file, size in sizes.items() if _in_cache(name, file, revision or None) is None)
     if missing and (outlines := current_outlines()) is not None:
-        small_files = from_hub(name, _SMALL_FILES, revision=revision or None, unwanted=_UNWANTED)
+        folder = from_hub(name, _SMALL_FILES, revision=revision or None, unwanted=_UNWANTED)
+        small_files = [path for pattern in _SMALL_FILES for path in folder.glob(pattern)]
         outlines.missing += missing
         write_outline(outlines.folder / name, small_files, sizes, _opener(name, revision or None))
         return outlines.folder / name
@@ -191,9 +192,12 @@ def model_from_hub(name: str) -> Path:
 def _in_cache(name: str, file: str, revision: str | None) -> Path | None:
     """Return a file of a repository that is in the hub's cache, or None. Nothing is asked of the hub."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    found = try_to_load_from_cache(name, file, revision=revision)
-    return Path(found) if isinstance(found, str) else None
+    with contextlib.suppress(HFValidationError):  # `from_hub` says what is wrong with the name
+        found = try_to_load_from_cache(name, file, revision=revision)
+        return Path(found) if isinstance(found, str) else None
+    return None
 
 
 def _weights_on_hub(name: str, revision: str | None) -> dict[str, int]:
@@ -203,10 +207,10 @@ def _weights_on_hub(name: str, revision: str | None) -> dict[str, int]:
     """
     from huggingface_hub import HfFileSystem, constants
 
+    configs = [_in_cache(name, file, revision) for file in ("config.json", "adapter_config.json")]
+    if constants.HF_HUB_OFFLINE or any(config and _holds_weights(config.parent) for config in configs):
+        return {}
     try:
-        configs = [_in_cache(name, file, revision) for file in ("config.json", "adapter_config.json")]
-        if constants.HF_HUB_OFFLINE or any(config and _holds_weights(config.parent) for config in configs):
-            return {}
         listed: Any = HfFileSystem().ls(name, revision=revision, refresh=True)
     except Exception:  # the kinds depend on the HTTP library that the client uses
         return {}
@@ -218,11 +222,15 @@ def _weights_on_hub(name: str, revision: str | None) -> dict[str, int]:
 
 
 def _holds_weights(folder: Path) -> bool:
-    """Return whether a snapshot has weights: all files that one index names, or one that no index names."""
+    """Return whether a snapshot has weights: all files that one index names, or one that no index names.
+
+    Not those in GGUF, which may be fetched from the same repository by their own names.
+    """
     indices = [set(read_json(path).get("weight_map", {}).values()) for path in folder.glob("*.index.json")]
     if any(files and all((folder / file).is_file() for file in files) for files in indices):
         return True
-    return any(file.name not in set().union(*indices) for file in weight_files(folder))
+    files = {file.name for file in weight_files(folder) if file.suffix != ".gguf"}
+    return bool(files.difference(*indices))
 
 
 def _opener(name: str, revision: str | None) -> Callable[[str], Any]:

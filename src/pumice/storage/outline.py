@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import pickle
 import shutil
 import struct
 import tempfile
@@ -21,12 +20,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pumice.storage.plain_pickle import read_plain_pickle
+
 LARGEST_HEADER = 100_000_000  # bytes of a file's description of its tensors, as safetensors admits them
 BLOCK_BYTES = 1 << 20  # of a range request: most headers are smaller
+# What stands for the code that the pickle of a state dict names.
 _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
     "ByteStorage": "U8", "BoolStorage": "BOOL",
+}  # fmt: skip
+_STAND_INS: dict[tuple[str, str], Any] = {
+    **{("torch", name): kind for name, kind in _STORAGES.items()},
+    ("collections", "OrderedDict"): OrderedDict,
+    # storage: ("storage", its type, its key, device, count)
+    ("torch._utils", "_rebuild_tensor_v2"): lambda storage, start, shape, *_: {
+        "dtype": storage[1], "shape": shape
+    },
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
 }  # fmt: skip
 Entries = dict[str, tuple[str, list[int]]]  # tensor -> its type and shape
 
@@ -70,23 +81,17 @@ def outlines() -> Iterator[Outlines]:
 
 
 def write_outline(
-    folder: Path, small_files: Path, weights: Iterable[str], opener: Callable[[str], Any]
+    folder: Path, small_files: Iterable[Path], weights: Iterable[str], opener: Callable[[str], Any]
 ) -> None:
     """Write a model's outline.
 
-    small_files: the folder of all but its weights. weights: names of files. opener: opens one for reading.
+    small_files: all but its weights. weights: names of files. opener: opens one for reading.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for path in small_files.iterdir():
-        if path.is_file() and path.suffix not in (".safetensors", ".bin"):
-            shutil.copyfile(path, folder / path.name)
+    for path in small_files:
+        shutil.copyfile(path, folder / path.name)
     for name in weights:
-        entries: Entries | None = None
-        # A file of any other kind is perhaps not needed: that shows when it is opened.
-        with contextlib.suppress(Exception), opener(name) as file:
-            found = _safetensors(file) if name.endswith(".safetensors") else _pickled(file)
-            entries = {str(key): (str(kind), [int(n) for n in shape]) for key, (kind, shape) in found.items()}
-        (folder / name).write_text(json.dumps(entries), encoding="utf-8")
+        (folder / name).write_text(json.dumps(_fetch_entries(name, opener)), encoding="utf-8")
 
 
 def is_outline(path: Path) -> bool:
@@ -103,40 +108,46 @@ def read_outline(path: Path) -> Entries:
     return entries
 
 
-def _safetensors(file: BinaryIO) -> Entries:
+def _fetch_entries(name: str, opener: Callable[[str], Any]) -> Entries | None:
+    """Return the tensors of a file on the hub; None if only the whole file says them."""
+    is_safetensors = name.endswith(".safetensors")
+    try:
+        with opener(name) as file:
+            data = _header(file) if is_safetensors else _pickle(file)
+    except Exception:  # the kinds depend on the HTTP library, and on how a file is damaged
+        return None
+    # A file of any other kind is perhaps not needed: that shows when it is opened.
+    with contextlib.suppress(ValueError, RecursionError):
+        return _entries(json.loads(data) if is_safetensors else read_plain_pickle(data, name, _STAND_INS))
+    return None
+
+
+def _header(file: BinaryIO) -> bytes:
+    """Return the JSON in which a safetensors file describes its tensors."""
     (length,) = struct.unpack("<Q", file.read(8))
     if length > LARGEST_HEADER:
         raise ValueError(f"a header of {length} bytes")
-    header = json.loads(file.read(length))
-    return {
-        name: (entry["dtype"], entry["shape"]) for name, entry in header.items() if name != "__metadata__"
-    }
+    return file.read(length)
 
 
-def _pickled(file: BinaryIO) -> Entries:
-    """Return the tensors of a `.bin`: a zip whose `data.pkl` describes them, without their values."""
+def _pickle(file: BinaryIO) -> bytes:
+    """Return the pickle in which a `.bin`, a zip, describes its tensors without their values."""
     with zipfile.ZipFile(file) as archive:
         entry = next(entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl"))
         if entry.file_size > LARGEST_HEADER:
             raise ValueError(f"a description of {entry.file_size} bytes")
-        with archive.open(entry) as described:
-            return dict(_ShapeUnpickler(described).load())
+        return archive.read(entry)
 
 
-class _ShapeUnpickler(pickle.Unpickler):
-    """Reads the shapes of a state dict's tensors. It admits no class and no function of the file."""
-
-    def persistent_load(self, pid: Any) -> Any:
-        return pid[1]  # of ("storage", its type, its key, device, count)
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        return _ADMITTED[module, name]
-
-
-_ADMITTED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): lambda kind, start, shape, *_: (kind, list(shape)),
-    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-}
+def _entries(described: Any) -> Entries:
+    """Return the tensors of a description. Raises ValueError if it describes anything else."""
+    if not isinstance(described, dict):
+        raise ValueError("no dictionary of tensors")
+    entries: Entries = {}
+    for name, value in described.items():
+        match value:
+            case {"dtype": str(kind), "shape": [*shape]} if all(type(size) is int for size in shape):
+                entries[str(name)] = kind, shape
+            case _ if name != "__metadata__":  # safetensors' own entry
+                raise ValueError(f"{name} is no tensor")
+    return entries

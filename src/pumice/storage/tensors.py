@@ -320,6 +320,8 @@ class _Bin(_File):
         except pickle.UnpicklingError as error:
             problem = "refused: it is damaged, or holds more than tensors, and code in it is never run"
             raise self._unreadable(error, problem) from error
+        except MemoryError:
+            raise
         except Exception as error:  # torch raises errors of many kinds for what is no pickle
             raise self._unreadable(error) from error
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -113,16 +113,22 @@ def plan_ask(source: str, device: str | None = None) -> AskPlan:
             tower = make_tower(loaded.config.vision)
         if kinds[1:] and place.type == "cpu" and quantized_shapes(tower):
             quantized_seconds = _measure_image(loaded, place, quantized=True)[2]
-        # 2. The language model, with weights of each kind.
-        costs = tuple(
-            _cost(loaded, kind, place, free, prompt_tokens, quantized_seconds if kind else image_seconds)
-            for kind in kinds
-        )
-    if kept := kept_below(loaded.config, loaded.state, "int8"):
-        notes = (*notes, kept)
+        # 2. The language model, with weights of each kind. Matrices that are stored in fewer bits stay so.
+        if kept := kept_below(loaded.config, loaded.state, "int8"):
+            notes = (*notes, kept)
+        computed = {kind: "int4" if kept and kind else kind for kind in kinds}
+        seconds = {
+            bits: measure_decoder(loaded.config.decoder, bits, prompt_tokens, place, usual_dtype(place))
+            for bits in dict.fromkeys(computed.values())
+        }
+        costs = []
+        for kind in kinds:
+            prefill, token = seconds[computed[kind]]
+            first_word = (quantized_seconds if kind else image_seconds) + prefill
+            costs.append(_cost(loaded, kind, place, free, prompt_tokens, first_word, token))
     return AskPlan(
         source, place.type, torch.get_num_threads(), kernel_name(), free,
-        prompt_tokens, image_tokens, costs, notes,
+        prompt_tokens, image_tokens, tuple(costs), notes,
     )  # fmt: skip
 
 
@@ -140,23 +146,24 @@ def _cost(
     device: torch.device,
     free: float | None,
     prompt_tokens: int,
-    image_seconds: float,
+    first_word: float,
+    token: float,
 ) -> AskCost:
+    """Return the costs with weights of one kind.
+
+    first_word: seconds until then. token: seconds for each token after that.
+    """
     config = loaded.config.decoder
     dtype = usual_dtype(device)
-    # 1. Memory: weights, the cells that the prompt and the longest answer use, and the buffers of a step.
+    # Weights, the cells that the prompt and the longest answer use, and the buffers of a step.
     cells = min(config.context, -(-(prompt_tokens + ANSWER) // BLOCK) * BLOCK)
     token_bytes = KVCache.bytes_per_token(config, cache_dtype(quantize, device, dtype))
     step_bytes = min(CHUNK_SHOWN, prompt_tokens) * (3 * config.mlp_width + 8 * config.width) * 4
     memory: dict[str, float] = dict(weight_sizes(loaded, quantize, device, dtype))
     memory["KV cache"] = cells * token_bytes
     memory["program and buffers"] = (PROCESS_BYTES if device.type == "cpu" else 0.0) + step_bytes
-    # 2. Time. Matrices that are stored in fewer bits stay so.
-    kept = quantize is not None and kept_below(loaded.config, loaded.state, quantize)
-    bits = "int4" if kept else quantize
-    prefill, token = measure_decoder(config, bits, prompt_tokens, device, dtype)
     fits = None if free is None else sum(memory.values()) <= free
-    return AskCost(quantize or "none", memory, image_seconds + prefill, 1 / token, fits)
+    return AskCost(quantize or "none", memory, first_word, 1 / token, fits)
 
 
 def measure_decoder(
