@@ -226,7 +226,7 @@ class Assistant:
         return self._each(rows, slots, self._params(sampling))
 
     def _each(
-        self, rows: Iterable[tuple[Any, str]], slots: int, params: SamplingParams
+        self, rows: Iterable[tuple[Any, str] | InputError], slots: int, params: SamplingParams
     ) -> Iterator[str | InputError]:
         replies: deque[Reply | InputError] = deque()  # of rows whose answers are not yielded yet, in order
         free_slots = threading.Semaphore(slots)

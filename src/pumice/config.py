@@ -78,9 +78,8 @@ LARGEST_GRID = 32  # tiles on a side of an image
 
 def _at_least(minimum: int, config: Any, names: str) -> None:
     """Raise InputError if a named size of a config is below `minimum` or above its entry in LARGEST."""
-    sizes = {name: getattr(config, name) for name in names.split()}
-    for name, value in sizes.items():
-        if value is None:
+    for name in names.split():
+        if (value := getattr(config, name)) is None:
             continue
         if value < minimum:
             raise InputError(f"{name} must be {minimum} or more, not {value}")

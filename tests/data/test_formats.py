@@ -363,6 +363,18 @@ def test_a_format_gives_the_rows_of_llava_json(
         assert groups == [n // 2 * 2 for n in range(24)]
 
 
+@pytest.mark.parametrize("name", ["VQA v2", "COCO captions", "COCO instances"])
+def test_lists_in_an_object_may_follow_a_byte_order_mark(
+    name: str, examples: Examples, tmp_path: Path
+) -> None:
+    written = WRITERS[name](tmp_path, examples)
+    path, mapping = written if isinstance(written, tuple) else (written, None)
+    expected = list(Rows(path, mapping=mapping))
+    for file in tmp_path.glob("*.json"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert list(Rows(path, mapping=mapping)) == expected
+
+
 def test_the_table_of_the_documentation_has_a_test_for_each_line() -> None:
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
     table = text.split("| format |", 1)[1].split("\n\n", 1)[0]

@@ -191,9 +191,9 @@ class InterruptsAtOnce(Interrupts):
 
 
 @pytest.mark.parametrize("place", ["submitted", "to be started", "started", "preempted", "grown"])
-@pytest.mark.parametrize("cancels", [False, True])
+@pytest.mark.parametrize("then", ["goes on", "cancels", "closes"])
 def test_interrupted_bookkeeping_loses_no_request(
-    place: str, cancels: bool, kit: Kit, model: Llava, monkeypatch: pytest.MonkeyPatch
+    place: str, then: str, kit: Kit, model: Llava, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two answers that do not fit in the cache together, interrupted where one is in no list, or in two."""
     monkeypatch.setattr(engine_module, "BLOCK", 5)
@@ -219,15 +219,21 @@ def test_interrupted_bookkeeping_loses_no_request(
         while engine.step():
             pass
     scheduler.running, scheduler.waiting = list(scheduler.running), deque(scheduler.waiting)
-    if cancels:
+    if then == "closes":
+        engine.close()
+        for one in received:
+            assert [delta.finish for delta in one.deltas if delta.finish] == ["cancelled"]
+        assert not engine._prefix_cache.busy
+        return
+    if then == "cancels":
         for one in received:
             assert one.request is not None
             engine.cancel(one.request)
     while engine.step():
         check_owners(engine)
     for one, prompt in zip(received, prompts, strict=False):
-        assert one.last.finish == ("cancelled" if cancels else "length")
-        assert cancels or one.tokens == naive_generate(model, prompt)
+        assert one.last.finish == ("cancelled" if then == "cancels" else "length")
+        assert then == "cancels" or one.tokens == naive_generate(model, prompt)
     assert kit.run(engine, prompts[1])[0].tokens == naive_generate(model, prompts[1])
 
 

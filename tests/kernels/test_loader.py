@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,11 +16,22 @@ from pumice.kernels import loader
 KERNELS = Path(loader.__file__).parent
 
 
+# Why a machine may have no compiled code. Anything else, such as C that does not compile, is a fault.
+NO_COMPILER = ("PUMICE_NATIVE turns it off", "Windows is not supported", "there is no C compiler")
+
+
 @pytest.fixture(autouse=True)
 def compiler() -> None:
-    code, reason = loader.compiled()
-    if code is None:
+    reason = loader.compiled()[1]
+    if reason in NO_COMPILER:
         pytest.skip(reason)
+
+
+@pytest.mark.parametrize("weights", loader._LIBRARIES)
+def test_where_there_is_a_compiler_there_is_compiled_code(weights: Any) -> None:
+    """All other tests of compiled code are skipped without it, whatever the reason."""
+    code, reason = loader.compiled(weights)
+    assert code is not None, reason
 
 
 @pytest.mark.parametrize("source", [*loader._PACKED_FILES, "-DDENSE"])

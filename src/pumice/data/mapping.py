@@ -59,11 +59,11 @@ _DESCRIBE = "Describe the picture."
 
 @dataclass(frozen=True)
 class Mapped:
-    """A record as a row says it: its pictures and videos, by name or inside the source, and (speaker, text).
+    """A record as a row says it: its pictures and videos, by name or inside the source, and its turns.
 
-    image: in the order of their places. messages: of a row in that form, with the pictures in their places.
-    added: pictures for which the row had no `<image>`; it was put in front. objects: names and boxes for the
-    placeholders in the turns.
+    image: in the order of their places. turns: each is (speaker, text). messages: of a row in that form, with
+    the pictures in their places. added: pictures for which the row had no `<image>`; it was put in front.
+    objects: names and boxes for the placeholders in the turns.
     """
 
     id: str

@@ -22,12 +22,12 @@ from torch import Tensor
 from pumice.engine.cache import PrefixCache
 from pumice.engine.graphs import DecodeGraphs
 from pumice.engine.native import TRIAL_ROWS, NativeDecoder, native_decoder
-from pumice.engine.requests import Delta, Finish, Prompt, Request, check_room
+from pumice.engine.requests import Delta, Finish, Prompt, Request, cells_needed, check_room
 from pumice.engine.sampling import TokenLogprob, sample, token_logprobs
 from pumice.engine.scheduler import Scheduler
 from pumice.engine.sizes import cache_size, check_sizes, chunk_size, has_memory, mapped_bytes
 from pumice.engine.snapshot import Snapshot
-from pumice.errors import ContextOverflow, InputError, WorkError
+from pumice.errors import WorkError
 from pumice.kernels.allocator import keep_freed_memory
 from pumice.model.cache import BLOCK, KVCache, Segment
 from pumice.model.finite import finite_rows, why_not_finite
@@ -88,7 +88,6 @@ class Engine:
     ) -> None:
         chunk = chunk_size(model.device) if chunk is None else chunk
         check_sizes(slots, cache_tokens, chunk)
-        config = model.config.decoder
         # 1. Size the cache by the memory that is free beside the weights.
         self.cache_tokens = cache_size(model, slots, cache_tokens, memory_share)
         # 2. Every step allocates and frees the same large tensors. Do not return them to the system.
@@ -98,7 +97,7 @@ class Engine:
         self.model, self.slots = model, slots
         self._not_finite: str | None = None  # why the model computes what is no number, once it did
         dtype = model.decoder.cache_dtype
-        self._cache = KVCache(config, self.cache_tokens, model.device, dtype, BLOCK, one_call)
+        self._cache = KVCache(model.config.decoder, self.cache_tokens, model.device, dtype, BLOCK, one_call)
         # The decoder in C, where it can run; None where PyTorch computes every step.
         self._native = native_decoder(model.decoder, self._cache)
         self._graphs = DecodeGraphs(model.decoder, self._cache) if graphs else None
@@ -130,22 +129,7 @@ class Engine:
         # 1. Refuse now what could never be answered: later, the request would wait for ever.
         check_room(self.model, prompt)
         prompt.check(self.model.config.decoder.vocab_size)
-        length, context = len(prompt.input_ids), self.model.config.decoder.context
-        # The last token of an answer is never fed to the model, so it needs no cell.
-        max_cells = min(context, length + prompt.params.max_new_tokens) - 1
-        capacity = self.cache_tokens
-        if length > capacity:
-            message = (
-                f"the prompt takes {length} tokens and the engine's cache holds {capacity}; "
-                "shorten the question, show fewer pictures, or give the engine a larger cache"
-            )
-            raise ContextOverflow(message, length, capacity)
-        if max_cells > capacity:
-            raise InputError(
-                f"a prompt of {length} tokens and an answer of up to {max_cells + 1 - length} do not fit in "
-                f"a cache of {capacity} tokens; ask for at most {capacity + 1 - length}, "
-                "or for a larger cache"
-            )
+        max_cells = cells_needed(prompt, self.model.config.decoder.context, self.cache_tokens)
         # 2. Queue it, and wake the thread that steps.
         request = Request(prompt, deliver, prompt.params.generator(), max_cells)
         with self._changed:
@@ -164,21 +148,29 @@ class Engine:
     def step(self) -> bool:
         """Compute the next tokens of the running requests. Return False only if there is no request."""
         with self._step_lock, torch.inference_mode():
-            if self._interrupted:  # such as by Ctrl-C
-                self._scheduler.recover()
+            self._recover()
             self._interrupted = True
             worked = self._step()
             self._interrupted = False
             return worked
 
-    def _step(self) -> bool:
-        # 1. Take new requests from the queue.
+    def _recover(self) -> None:
+        if self._interrupted:  # such as by Ctrl-C
+            self._scheduler.recover()
+            self._interrupted = False
+
+    def _take_submitted(self) -> list[Request]:
+        """Let the scheduler have the new requests, and return them."""
         with self._changed:
             waiting, submitted = self._scheduler.waiting, self._submitted
             # After an interruption here, they are in the queue already.
             waiting.extend(request for request in submitted if request not in waiting)
             self._submitted = []
-        if submitted and not self._snapshot.is_current():
+        return submitted
+
+    def _step(self) -> bool:
+        # 1. Take new requests from the queue.
+        if self._take_submitted() and not self._snapshot.is_current():
             self.forget()
         # 2. End cancelled requests before they cost anything.
         for request in [request for request in self._requests() if request.cancelled]:
@@ -222,9 +214,9 @@ class Engine:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         with self._step_lock:
-            with self._changed:
-                submitted, self._submitted = self._submitted, []
-            for request in (*self._requests(), *submitted):
+            self._recover()
+            self._take_submitted()
+            for request in self._requests():
                 self._finish(request, "cancelled")
 
     def forget(self) -> None:

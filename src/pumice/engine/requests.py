@@ -106,6 +106,29 @@ def check_room(model: Llava, prompt: Prompt) -> None:
         raise ContextOverflow(message, length, context)
 
 
+def cells_needed(prompt: Prompt, context: int, capacity: int) -> int:
+    """Return the cells of the KV cache, one a token, that a prompt and its longest answer take.
+
+    context: of the model, in tokens. Raise InputError if they are more than `capacity`, those of the cache.
+    """
+    length = len(prompt.input_ids)
+    # The last token of an answer is never fed to the model, so it needs no cell.
+    cells = min(context, length + prompt.params.max_new_tokens) - 1
+    if length > capacity:
+        message = (
+            f"the prompt takes {length} tokens and the engine's cache holds {capacity}; "
+            "shorten the question, show fewer pictures, or give the engine a larger cache"
+        )
+        raise ContextOverflow(message, length, capacity)
+    if cells > capacity:
+        raise InputError(
+            f"a prompt of {length} tokens and an answer of up to {cells + 1 - length} do not fit in "
+            f"a cache of {capacity} tokens; ask for at most {capacity + 1 - length}, "
+            "or for a larger cache"
+        )
+    return cells
+
+
 @dataclass(frozen=True)
 class Delta:
     """What one step added to an answer.

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pumice.data.sources.json_text import JsonReader
+from pumice.data.sources.json_text import BOM, JsonReader
 from pumice.errors import CAUSE, InputError, wrong_input
 
-_BOM = b"\xef\xbb\xbf"
 _OTHER = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PK": "zip"}
 
 
@@ -28,7 +27,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
                 raise InputError(f"'{path}' is {name}, not UTF-8 text; {remedy}")
         if not start.strip():
             raise InputError(f"'{path}' is empty; fetch it again")
-        file.seek(len(_BOM) if start.startswith(_BOM) else 0)
+        file.seek(len(BOM) if start.startswith(BOM) else 0)
         yield file
 
 

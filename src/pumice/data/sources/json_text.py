@@ -32,8 +32,11 @@ class JsonReader:
     """
 
     def __init__(self, file: BinaryIO, start: int = 0, *, decode: bool = False) -> None:
-        """decode: decode the texts of values as UTF-8 at once."""
+        """start: the byte to begin at; at 0, behind a byte order mark. decode: texts as UTF-8, at once."""
         file.seek(start)
+        if not start:
+            start = len(BOM) if file.read(len(BOM)) == BOM else 0
+            file.seek(start)
         self._file, self._text, self._start, self._at = file, "", start, 0
         self._decode = decode
         self._parse = json.JSONDecoder().raw_decode
