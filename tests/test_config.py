@@ -21,9 +21,8 @@ from pumice.config import (
     LoraConfig,
     ModelConfig,
     VisionConfig,
-    as_stored,
-    from_dict,
 )
+from pumice.config_json import as_stored, from_dict
 from pumice.errors import NEWER, InputError
 
 DECODER = DecoderConfig(vocab_size=100, width=32, depth=2, heads=4, kv_heads=2, head_dim=8, mlp_width=64)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pumice.config import ChatFormat, from_dict
+from pumice.config import ChatFormat
+from pumice.config_json import from_dict
 from pumice.conversation import Conversation, ImagePart, Message
 from pumice.errors import InputError, near
 

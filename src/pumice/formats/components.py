@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pumice.config import DecoderConfig, ImagePolicy, VisionConfig, as_stored, from_dict
+from pumice.config import DecoderConfig, ImagePolicy, VisionConfig
+from pumice.config_json import as_stored, from_dict
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.efficientnet_lite import open_efficientnet_lite

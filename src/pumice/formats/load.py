@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from pumice import __version__
-from pumice.config import ConnectorConfig, ImagePolicy, ModelConfig, as_stored, from_dict
+from pumice.config import ConnectorConfig, ImagePolicy, ModelConfig
+from pumice.config_json import as_stored, from_dict
 from pumice.errors import InputError
 from pumice.formats.components import open_llm, open_tower
 from pumice.formats.hf.config import padding

@@ -12,13 +12,8 @@ from pathlib import Path
 from tokenizers import AddedToken
 from torch import Tensor
 
-from pumice.config import (
-    ConnectorConfig,
-    DecoderConfig,
-    ImagePolicy,
-    VisionConfig,
-    naming,
-)
+from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, VisionConfig
+from pumice.config_json import naming
 from pumice.errors import InputError
 from pumice.formats.derived import rotary_frequencies
 from pumice.formats.names import Table, convert, expand

@@ -33,7 +33,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from pumice.capability import MODE_FIELDS, MODE_MARKS, MODE_VIDEO, only
-from pumice.config import ImagePolicy, ModelConfig, as_stored, from_dict
+from pumice.config import ImagePolicy, ModelConfig
+from pumice.config_json import as_stored, from_dict
 from pumice.errors import InputError
 from pumice.media import BoxFormName
 from pumice.storage.yaml_file import read_yaml, set_key

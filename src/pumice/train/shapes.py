@@ -13,16 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from pumice.config import (
-    ConnectorConfig,
-    DecoderConfig,
-    ImagePolicy,
-    LoraConfig,
-    ModelConfig,
-    VisionConfig,
-    as_stored,
-    from_dict,
-)
+from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, LoraConfig, ModelConfig, VisionConfig
+from pumice.config_json import as_stored, from_dict
 from pumice.errors import InputError
 from pumice.formats.components import describe_tower
 from pumice.formats.gguf.llm import open_gguf

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pumice.config import DecoderConfig, RopeScaling, naming
+from pumice.config import DecoderConfig, RopeScaling
+from pumice.config_json import naming
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.families import FAMILIES, INTERLEAVED

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from pumice.config import ConnectorConfig, ImagePolicy, VisionConfig, as_stored, from_dict, naming
+from pumice.config import ConnectorConfig, ImagePolicy, VisionConfig
+from pumice.config_json import as_stored, from_dict, naming
 from pumice.errors import InputError, wrong_input
 from pumice.formats import names as tensor_names
 from pumice.formats.gguf.file import GgufFile

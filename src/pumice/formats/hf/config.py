@@ -18,8 +18,8 @@ from pumice.config import (
     LoraConfig,
     RopeScaling,
     VisionConfig,
-    naming,
 )
+from pumice.config_json import naming
 from pumice.errors import InputError, finite, shorten
 from pumice.formats.families import FAMILIES, TOWERS, Family, check_rotation
 from pumice.formats.recognise import check_classes

@@ -16,15 +16,8 @@ import tokenizers
 from tokenizers import AddedToken
 
 from pumice.capability import LLAMA, Capability, fields
-from pumice.config import (
-    LARGEST_GRID,
-    ConnectorConfig,
-    DecoderConfig,
-    ImagePolicy,
-    ModelConfig,
-    VisionConfig,
-    naming,
-)
+from pumice.config import LARGEST_GRID, ConnectorConfig, DecoderConfig, ImagePolicy, ModelConfig, VisionConfig
+from pumice.config_json import naming
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.hf.config import (

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pumice.config import LoraConfig, ModelConfig, naming
+from pumice.config import LoraConfig, ModelConfig
+from pumice.config_json import naming
 from pumice.errors import InputError, WorkError
 from pumice.formats import names as tensor_names
 from pumice.formats.peft.write import BASE, fingerprint

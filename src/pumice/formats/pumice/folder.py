@@ -27,7 +27,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pumice.config import DecoderConfig, ModelConfig, as_stored
+from pumice.config import DecoderConfig, ModelConfig
+from pumice.config_json import as_stored
 from pumice.errors import CAUSE, InputError, WorkError, check_known, some, wrong_input
 from pumice.files import Lock, make_readable, sync
 from pumice.formats.efficientnet_lite import open_efficientnet_lite

@@ -14,7 +14,8 @@ from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
-from pumice.config import ChatFormat, from_dict
+from pumice.config import ChatFormat
+from pumice.config_json import from_dict
 from pumice.errors import InputError
 from pumice.formats.text import chat_template
 from pumice.formats.text.chat_template import Described
