@@ -1,10 +1,10 @@
-"""The end of pumice-tiny's vision tower learns which things and words belong to COCO's photographs.
+"""The end of pumice-tiny's vision tower learns which things and words belong to photographs.
 
     python projects/pumice-tiny/tune_tower.py MODEL TARGET --photos PHOTOS
 
 An ImageNet tower has learnt the one thing that fills a picture. Here the 1 x 1 convolutions after its finer
-features learn, without the LLM, COCO's categories and the words of captions. Each category must be found at
-some place (log-mean-exp over the places, as one image token must tell it), and everything in the mean of all
+features learn, without the LLM, COCO's categories and the words of COCO's and Flickr8k's captions. Each
+category must be found at some place (log-mean-exp over the places, as one image token must tell it), and everything in the mean of all
 places. The loss is binary cross-entropy; unknown labels do not count. TARGET holds the whole tower.
 
 Shapes: B pictures, F features of a picture, C channels of the stride-16 map, G places on a side of it, K
@@ -26,7 +26,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import track
-from rows.coco import CATEGORIES, Scene, read_coco, split
+from rows import coco, flickr
+from rows.coco import CATEGORIES, Scene
 from rows.crops import crop
 from torch import Tensor, nn
 from warm import telling_words
@@ -45,6 +46,17 @@ RARE = 25  # photographs that must share a word before it is learnt
 BATCH = 32
 RATES = {"tower": 1e-4, "heads": 2e-3}
 MIRRORED = 0.7  # share of crops
+
+
+def photographs(photos: Path) -> tuple[list[Scene], list[Scene]]:
+    """Those to learn from and those held out. Nobody told which categories Flickr8k's show."""
+    captions = flickr.raw_captions(photos)
+    parts = zip(coco.split(coco.read_coco(photos)), flickr.split(flickr.read_photos(photos)), strict=True)
+    learnt, held = (
+        [*scenes, *(Scene(photo, None, None, (), (), tuple(captions[photo.image])) for photo in captioned)]
+        for scenes, captioned in parts
+    )
+    return learnt, held
 
 
 def words_of(scene: Scene) -> set[str]:
@@ -119,7 +131,8 @@ def stride_16_maps(model: Llava, paths: Sequence[Path], file: Path) -> np.memmap
         picture = open_image(path)
         mirror = random_.random() < MIRRORED
         views = to_tiles(picture, size, policy), to_tiles(crop(picture, random_), size, policy, mirror=mirror)
-        values = tower.stem(torch.from_numpy(np.concatenate(views)))
+        pixels = torch.from_numpy(np.concatenate(views))
+        values = tower.stem(pixels.contiguous(memory_format=torch.channels_last))  # 1.3 times as fast
         for block in tower.blocks[: tower.fine + 1]:
             values = block(values)
         maps[number] = values.numpy()
@@ -170,14 +183,14 @@ def main() -> None:
     )
     parser.add_argument("model", help="a built-in model or a model folder")
     parser.add_argument("target", type=Path, help="the folder to write")
-    parser.add_argument("--photos", type=Path, required=True, help="holds coco/")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--photos", type=Path, required=True, help="holds coco/ and flickr8k/")
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     random.seed(arguments.seed)
     torch.manual_seed(arguments.seed)
     opened = open_model(find_model(arguments.model), merge=False)
-    parts = split(read_coco(arguments.photos))
+    parts = photographs(arguments.photos)
     losses = learn(opened, parts, arguments.photos, arguments.target.absolute().parent, arguments.epochs)
     save(opened, arguments.target, {"tuned_tower": {"seed": arguments.seed, "held_out_losses": losses}})
 
@@ -194,7 +207,7 @@ def learn(
         raise InputError("the tower needs finer features, as widen.py gives them")
     if len(parts[0]) < BATCH or not parts[1]:
         raise InputError(
-            f"there are {len(parts[0])} COCO photographs to learn from and {len(parts[1])} held out; "
+            f"there are {len(parts[0])} photographs to learn from and {len(parts[1])} held out; "
             f"{BATCH} and 1 are the least"
         )
     counts = Counter(word for scene in parts[0] for word in words_of(scene))
