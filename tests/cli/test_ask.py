@@ -284,7 +284,8 @@ def test_batch(run: Any, folder: Path, tiny_folder: Path, monkeypatch: pytest.Mo
     assert (result.exit_code, result.stdout) == (0, "")
     first, *_, last, end = result.stderr.splitlines()  # off a terminal: a line every some seconds
     assert (first, last) == ("1 of 8 answers", "8 of 8 answers")
-    assert end == "pumice: 8 of 13 rows have an error instead of an answer"
+    assert end.startswith("pumice: 8 of 13 rows have an error instead of an answer, the first is missing: ")
+    assert "'no.png' does not exist" in end
     answers = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     ids = ["beside", "here", "missing", 7, 5, 7, "text", "silent", "odd", "empty", "placeholders", 13, "typo"]
     assert [a["id"] for a in answers] == ids

@@ -225,6 +225,9 @@ def test_another_number_of_threads_is_told(
     told = capsys.readouterr().err
     assert f"This run had {before} threads and has {before + 1} now" in told
     assert f"OMP_NUM_THREADS={before} continues it bit for bit" in told
+    run(make_recipe(max_steps=6))  # nothing is left to compute
+    told = capsys.readouterr().err
+    assert "already finished: step 6 of 6" in told and "threads" not in told
 
 
 def test_a_part_that_no_gradient_reaches_ends_the_run(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pumice.train.recipe import load_recipe
-from pumice.train.report import TrainingReport
+from pumice.train.report import TrainingReport, time_left
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from pumice.train.report import TrainingReport
     [
         ("xterm", "100", r".*1/12 steps loss 2\.500  40 tokens/s .*"),
         ("xterm", "40", r"1/12 steps loss 2\.500  40 .*"),
-        ("dumb", "40", r"1 of 12 steps, loss 2\.500  40 tokens/s  \d+ min left"),
+        ("dumb", "40", r"1 of 12 steps, loss 2\.500  40 tokens/s  \d+ s left"),
     ],
 )
 def test_steps_are_counted_on_every_terminal(
@@ -40,6 +40,13 @@ def test_steps_are_counted_on_every_terminal(
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err).replace("\r", "\n").splitlines()
     assert lines[0] == "a line that is longer than forty columns, but whole"
     assert any(re.fullmatch(shown, line.strip()) for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.4, "0 s left"), (59, "59 s left"), (60, "1 min left"), (5400, "90 min left")]
+)
+def test_the_time_left_is_never_zero_minutes(seconds: float, shown: str) -> None:
+    assert time_left(seconds) == shown
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80])

@@ -218,19 +218,21 @@ def _ask_batch(source: Path, out: Path, asking: _Asking, slots: int) -> None:
     valid_rows = [row for row in rows if not row.error]
     answers = iter(_answer_rows(valid_rows, partial, asking, slots))
     # 3. Write one line for every row, in the order of the input.
-    failed = 0
+    failed, reason = 0, ""
     with replacing(out) as file:
         for row in rows:
             answer = InputError(row.error) if row.error else next(answers)
             is_error = isinstance(answer, InputError)
-            failed += is_error
+            if is_error:
+                failed, reason = failed + 1, reason or f"{row.id}: {answer}"
             line = {"id": row.id, "error" if is_error else "answer": str(answer)}
             file.write(json_text(line) + "\n")
     partial.unlink(missing_ok=True)
     if asking.as_json:
         print_json({"rows": len(rows), "answered": len(rows) - failed, "errors": failed, "out": str(out)})
     elif failed:
-        print(f"pumice: {failed} of {len(rows)} rows have an error instead of an answer", file=sys.stderr)
+        message = f"pumice: {failed} of {len(rows)} rows have an error instead of an answer"
+        print(f"{message}, the first is {reason}", file=sys.stderr)
     if failed == len(rows):  # no row has an answer: the work has failed
         raise typer.Exit(1)
 

@@ -421,6 +421,8 @@ class Trainer:
             torch.cuda.set_rng_state(checkpoint.rng["cuda"], self.device)
         self.step, self.tokens = checkpoint.step, checkpoint.progress["tokens"]
         self.batches.skipped.reasons.update(checkpoint.progress["skipped"])
+        if self.step == self.batches.steps:  # nothing is left that another computer would compute differently
+            return
         if self.world.main and (changes := changed_code(checkpoint.progress, self._code)):
             print("\n".join(changes), file=sys.stderr)
         threads = torch.get_num_threads()

@@ -85,9 +85,9 @@ class TrainingReport:
             event["peak_share"] = flops / seconds / self.peak
             note += f"  {event['peak_share']:.0%} of peak"
         self._write(event)
-        if not can_redraw():  # a bar says itself what is left
+        if not can_redraw() and step < self.steps:  # a bar says itself what is left
             elapsed = time.monotonic() - self._started
-            note += f"  {(self.steps - step) * elapsed / (step - self._first_step) / 60:.0f} min left"
+            note += "  " + time_left((self.steps - step) * elapsed / (step - self._first_step))
         if self.enabled:
             self._bar.show(step, self.steps, "steps", note)
 
@@ -172,3 +172,7 @@ def _is_event(event: Any) -> bool:
     if texts and len(texts) < len(_TEXTS):
         return False
     return all(type(n) in (int, float) for n in numbers) and all(isinstance(text, str) for text in texts)
+
+
+def time_left(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min left" if seconds >= 60 else f"{seconds:.0f} s left"
