@@ -4,8 +4,9 @@
 
 An ImageNet tower has learnt the one thing that fills a picture. Here the 1 x 1 convolutions after its finer
 features learn, without the LLM, COCO's categories and the words of COCO's and Flickr8k's captions. Each
-category must be found at some place (log-mean-exp over the places, as one image token must tell it), and everything in the mean of all
-places. The loss is binary cross-entropy; unknown labels do not count. TARGET holds the whole tower.
+category must be found at some place (log-mean-exp over the places, as one image token must tell it), and
+everything in the mean of all places. The loss is binary cross-entropy; unknown labels do not count. TARGET
+holds the whole tower.
 
 Shapes: B pictures, F features of a picture, C channels of the stride-16 map, G places on a side of it, K
 categories, T targets (the categories, then the words).

@@ -93,9 +93,7 @@ def test_what_cannot_be_tuned_is_refused(
 ) -> None:
     opened = open_model(wide, merge=False)
     for few in ([], []), (parts[0][:3], parts[1]), (parts[0], []):
-        message = (
-            f"there are {len(few[0])} photographs to learn from and {len(few[1])} held out; 4 and 1"
-        )
+        message = f"there are {len(few[0])} photographs to learn from and {len(few[1])} held out; 4 and 1"
         with pytest.raises(InputError, match=message):
             tuning.learn(opened, few, tmp_path, tmp_path, epochs=1)
     with pytest.raises(InputError, match=r"needs finer features, as widen\.py gives them"):
