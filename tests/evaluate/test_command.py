@@ -94,6 +94,7 @@ def test_wrong_input(folder: Path) -> None:
     refused(run(*OWN, "one.jsonl", "--report", "."), "'.' is a folder")
     refused(run(*OWN, "one.jsonl", "--judge-url", "http://x", "--judge-model", "m"), "own needs no judge")
     refused(run(*OWN, "one.jsonl", "--reference", "LLaVA"), "no numbers of 'LLaVA' are known")
+    refused(run(*OWN, "one.jsonl", "--reference", "LLaVA-1.5-7B"), "LLaVA-1.5-7B is published for own")
     refused(run(*OWN, "one.jsonl", "--model", "http://x/v1"), "name its model there with --model-name")
     for option in (["--model-name", "llava"], ["--slots", "2"], ["--device", "cpu"]):
         refused(run(*OWN, "one.jsonl", *option), f"{option[0]} is for a model that answers")

@@ -99,6 +99,8 @@ def evaluate(
         raise InputError("--predictions is missing; name the file of answers (with --model it is written)")
     if reference is not None:
         check_known(reference, PUBLISHED, f"no numbers of {reference!r} are known")
+        if reference not in benchmark.source.published:
+            raise InputError(f"no number of {reference} is published for {task}; leave --reference out")
     answering = {
         "--max-new-tokens": max_new_tokens, "--model-name": model_name, "--slots": slots, "--device": device
     }  # fmt: skip

@@ -46,10 +46,14 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file in a folder, or (with `member`) inside the zip at `path`."""
+    """A file in a folder, or (with `member`) inside the zip at `path`.
+
+    own: whether the user wrote it, so that a damaged one must be mended, not fetched again.
+    """
 
     path: Path
     member: str = ""
+    own: bool = False
 
     def __str__(self) -> str:
         return f"{self.path}/{self.member}" if self.member else str(self.path)
@@ -57,6 +61,10 @@ class DataFile:
     @property
     def name(self) -> str:
         return Path(self.member or self.path).name
+
+    @property
+    def remedy(self) -> str:
+        return "mend it" if self.own else "fetch it again"
 
     def read(self) -> bytes:
         """Return the whole file. Raises InputError where it cannot be read or is too large."""
@@ -70,7 +78,7 @@ class DataFile:
 
     def text(self) -> str:
         """Return the whole file. Raises InputError unless it is UTF-8 (a byte order mark is dropped)."""
-        with wrong_input(UnicodeDecodeError, f"'{self}' is not UTF-8 text; fetch it again"):
+        with wrong_input(UnicodeDecodeError, f"'{self}' is not UTF-8 text; {self.remedy}"):
             return self.read().decode("utf-8-sig")
 
 
@@ -185,7 +193,7 @@ def read_json(file: DataFile, *keys: str) -> Any:
     """Read a JSON file: an object with all `keys`, if any are given. Raises InputError where it is none."""
     text = file.text()
     damaged = (ValueError, RecursionError)
-    with wrong_input(damaged, f"'{file}' is cut off or not JSON ({CAUSE}); fetch it again"):
+    with wrong_input(damaged, f"'{file}' is cut off or not JSON ({CAUSE}); {file.remedy}"):
         value = json.loads(text)
     if keys:
         require_keys(value, keys, f"'{file}'")
@@ -242,13 +250,13 @@ def read_jsonl(file: DataFile) -> list[dict[str, Any]]:
     if text.startswith("["):
         rows = read_json(file)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise InputError(f"'{file}' is not a list of objects; fetch it again")
+            raise InputError(f"'{file}' is not a list of objects; {file.remedy}")
         return rows
     rows, broken = read_lines(file)
     if broken:
         raise InputError(
             f"'{file}': {len(broken)} of {len(rows) + len(broken)} lines are cut off or not JSON, "
-            f"the first is line {broken[0]}; fetch it again"
+            f"the first is line {broken[0]}; {file.remedy}"
         )
     return rows
 
@@ -261,17 +269,17 @@ def read_tsv(file: DataFile, texts: Collection[str] = ()) -> Iterator[dict[str, 
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     rows = csv.reader(io.StringIO(file.text(), newline=""), delimiter="\t")
-    with wrong_input(csv.Error, f"'{file}' is damaged ({CAUSE}); fetch it again"):
+    with wrong_input(csv.Error, f"'{file}' is damaged ({CAUSE}); {file.remedy}"):
         header = next(rows, None)
         if not header:
-            raise InputError(f"'{file}' is empty; fetch it again")
+            raise InputError(f"'{file}' is empty; {file.remedy}")
         for number, row in enumerate(rows, 2):
             if not row:
                 continue
             if len(row) != len(header):
                 raise InputError(
                     f"'{file}', row {number}: {len(row)} columns where the header has {len(header)}; "
-                    "the file is cut off or damaged, fetch it again"
+                    f"the file is cut off or damaged, {file.remedy}"
                 )
             yield {
                 column: None if cell == "" or (cell in _NO_VALUE and column not in texts) else cell
