@@ -324,6 +324,20 @@ def test_keys_that_a_batch_does_not_read(run: Any, folder: Path) -> None:
     assert "pumice: all rows are asked anew, and then 'out.jsonl' is replaced\n" in run(*command).stderr
 
 
+def test_a_batch_may_be_a_json_list(run: Any, folder: Path) -> None:
+    rows = [{"image": "cat.png", "question": "What?"}, {"question": "Who are\u2028you?"}, 3]
+    (folder / "in.json").write_text(json.dumps(rows, indent=1))
+    write_rows(folder / "in.jsonl", rows[:2])
+    assert run("ask", "--batch", "in.json", "--out", "list.jsonl", *SHORT).exit_code == 0
+    assert run("ask", "--batch", "in.jsonl", "--out", "lines.jsonl", *SHORT).exit_code == 0
+    listed, lines = (
+        [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for name in ("list.jsonl", "lines.jsonl")
+    )
+    assert listed[:2] == lines and {row["id"] for row in lines} == {1, 2}
+    assert listed[2] == {"id": 3, "error": "row 3 is not an object with 'id' and 'question'"}
+
+
 def test_videos_in_a_batch(run: Any, folder: Path, clip: str, tiny_folder: Path) -> None:
     """Beside pictures, where they are marked; --frames holds for each."""
     rows = [

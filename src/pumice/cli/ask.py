@@ -16,7 +16,7 @@ from typer import Argument, Option
 from pumice.cli import options, reading
 from pumice.errors import CAUSE, InputError, near, shorten, wrong_input
 from pumice.files import replacing
-from pumice.jsonl import AnswerFile, json_text, print_json
+from pumice.jsonl import AnswerFile, json_text, parse_json, print_json
 from pumice.progress import LOG_SECONDS, ProgressBar
 
 SLOTS = 8  # of --batch
@@ -196,15 +196,18 @@ def _ask_batch(source: Path, out: Path, asking: _Asking, slots: int) -> None:
         wrong_input(OSError, f"the questions '{source}' cannot be read: {CAUSE}; check the path"),
         wrong_input(UnicodeDecodeError, f"'{source}' is not UTF-8 text; save it as UTF-8"),
     ):
-        # Not splitlines: it also splits at characters that JSON allows inside a text.
-        lines = source.read_text(encoding="utf-8-sig").split("\n")
+        text = source.read_text(encoding="utf-8-sig")
+    # Not splitlines: it also splits at characters that JSON allows inside a text.
+    kind, lines = "line", text.split("\n")
+    if isinstance(listed := parse_json(text), list):
+        kind, lines = "row", [json_text(row) for row in listed]
     rows = [
-        _read_row(line, number, source.parent, asking.frames)
+        _read_row(line, number, f"{kind} {number}", source.parent, asking.frames)
         for number, line in enumerate(lines, 1)
         if line.strip()
     ]
     if not rows:
-        raise InputError(f"'{source}' holds no questions; write one JSON object per line")
+        raise InputError(f"'{source}' holds no questions; write a JSON list or one JSON object per line")
     _check_frames(asking.frames, [image for row in rows for image in row.images])
     options.check_out(out, [source], "the questions themselves")
     partial = out.with_name(f"{out.name}.partial")
@@ -254,10 +257,10 @@ def _answer_rows(rows: list[_Row], partial: Path, asking: _Asking, slots: int) -
     return file.answers
 
 
-def _read_row(line: str, number: int, folder: Path, frames: int | None) -> _Row:
+def _read_row(line: str, number: int, label: str, folder: Path, frames: int | None) -> _Row:
     """Parse one line. A relative path is searched in `folder`, then in the working folder.
 
-    frames: of each video.
+    number: its id where it has none. label: what messages call it. frames: of each video.
     """
     from pumice.conversation import Video, check_media
     from pumice.data.pictures import beside
@@ -265,13 +268,13 @@ def _read_row(line: str, number: int, folder: Path, frames: int | None) -> _Row:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return _Row(number, error=f"line {number} is not JSON ({error})")
+        return _Row(number, error=f"{label} is not JSON ({error})")
     if not isinstance(values, dict):
-        return _Row(number, error=f"line {number} is not an object with 'id' and 'question'")
+        return _Row(number, error=f"{label} is not an object with 'id' and 'question'")
     row_id = values.get("id", number)
     question = values.get("question")
     try:
-        check_media(values, f"line {number}")
+        check_media(values, label)
         shown: list[Any] = _paths(values, "image", folder)
         videos = _paths(values, "video", folder) or _paths(values, "videos", folder)
         if not isinstance(question, str):
