@@ -61,12 +61,13 @@ def test_chat_shows_videos(
     """Also beside pictures, and in later turns, where those before stay; a file may go once it was read."""
     typed = [
         "What?", "/image cat.png clip.gif", "/video clip.gif", "Who?", "/video cat.png", "/video",
-        "/save talk.json", "/video clip.gif", "/remove",
+        "/save talk.json", "/video clip.gif", "/remove", "/remove",
     ]  # fmt: skip
     result = run("chat", clip, "--frames", "2", *SHORT, stdin="\n".join(typed) + "\n")
     assert result.exit_code == 0
     errors = result.stderr.splitlines()
     assert caplog.text.count("was not trained on videos") == 1
+    assert "Removed: clip.gif\nNothing waits for your next question.\n" in result.stdout
     assert len(errors) == 2 and "'cat.png' is a single picture; show it with /image" in errors[0]
     assert "/video needs a path; write for example: /video clip.mp4" in errors[1]
     (talk,) = json.loads((folder / "talk.json").read_text())

@@ -27,7 +27,7 @@ SAMPLING = options.Sampling(max_new_tokens=512)
 HELP = """\
 /image PATH...  show pictures or videos with your next question (or drop files into the terminal)
 /video PATH...  show videos; an animated GIF or WebP is one here, but a picture for /image
-/remove         take back what waits for your next question
+/remove         take back the pictures and videos of your next question
 /reset          begin a new conversation, without pictures
 /save FILE      write the conversation as a LLaVA row, JSON
 /help           these lines
@@ -110,8 +110,9 @@ class Chat:
         if command in ("/image", "/video"):
             self._add_images(command, argument)
         elif command == "/remove":
+            removed = ", ".join(name for name, _ in self.pending)
             self.pending = []
-            self._print_images()
+            print(f"Removed: {removed}" if removed else "Nothing waits for your next question.")
         elif command == "/reset":
             self.messages, self.pending, self.shown = [], [], []
             print("A new conversation, without pictures.")
