@@ -157,6 +157,22 @@ def test_threads(root: Path) -> None:
     assert "OMP_NUM_THREADS=1" in crowded.remedy
 
 
+def test_training_beside_other_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "usable_cores", lambda: 4)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for load, threads in ((2.9, None), (3.2, 1), (40.0, 1)):
+            monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0), raising=False)
+            advice = checks.fewer_threads()
+            assert (f"with OMP_NUM_THREADS={threads} " in advice) if threads else advice == ""
+        assert f"pumice: {advice}" in CliRunner().invoke(app, ["train", "no.yaml"]).stderr
+        torch.set_num_threads(1)
+        assert checks.fewer_threads() == ""
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_self_test_can_fail(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encode = llava.Llava.encode
     monkeypatch.setattr(llava.Llava, "encode", lambda *args: encode(*args) * float("nan"))

@@ -196,6 +196,21 @@ def _load(cores: int, available: str) -> Finding:
     return replace(finding, level="note", remedy=remedy)
 
 
+def fewer_threads() -> str:
+    """Return what speeds training on this CPU up while other programs run; "" where nothing does."""
+    import torch
+
+    cores = usable_cores()
+    load = _load(cores, counted(cores, "core"))
+    free = max(1, int(cores - load.value))
+    if load.level == "ok" or torch.get_num_threads() <= free or torch.cuda.is_available():
+        return ""
+    return (
+        f"other programs are busy (load {load.says}), and threads that wait for a core stop all the others; "
+        f"with OMP_NUM_THREADS={free} training may be many times as fast"
+    )
+
+
 def caches() -> list[Finding]:
     """Check the folder of downloaded parts, and each part in it."""
     from pumice.files import cache_folder, folder_size
