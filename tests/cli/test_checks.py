@@ -15,6 +15,7 @@ from pumice.cli import app, checks, doctor, trial
 from pumice.cli.checks import Finding
 from pumice.model import llava
 from pumice.storage import download
+from pumice.storage.memory import usable_cores
 
 
 def named(findings: list[Finding], name: str) -> Finding:
@@ -134,16 +135,16 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_a_container(root: Path) -> None:
-    assert checks.usable_cores(root) == 1
+    assert usable_cores(root) == 1
 
 
 def test_an_older_container(tmp_path: Path) -> None:
     group = tmp_path / "sys/fs/cgroup/cpu"
     group.mkdir(parents=True)
     (group / "cpu.cfs_period_us").write_text("100000\n")
-    for quota, cores in (("150000", 2), ("-1", checks.usable_cores(tmp_path))):
+    for quota, cores in (("150000", 2), ("-1", usable_cores(tmp_path))):
         (group / "cpu.cfs_quota_us").write_text(f"{quota}\n")
-        assert checks.usable_cores(tmp_path) == min(cores, checks.usable_cores(tmp_path / "none"))
+        assert usable_cores(tmp_path) == min(cores, usable_cores(tmp_path / "none"))
 
 
 def test_threads(root: Path) -> None:
@@ -155,22 +156,6 @@ def test_threads(root: Path) -> None:
         torch.set_num_threads(before)
     assert (crowded.level, crowded.says) == ("problem", "2 on 1 core")
     assert "OMP_NUM_THREADS=1" in crowded.remedy
-
-
-def test_training_beside_other_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "usable_cores", lambda: 4)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        for load, threads in ((2.9, None), (3.2, 1), (40.0, 1)):
-            monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0), raising=False)
-            advice = checks.fewer_threads()
-            assert (f"with OMP_NUM_THREADS={threads} " in advice) if threads else advice == ""
-        assert f"pumice: {advice}" in CliRunner().invoke(app, ["train", "no.yaml"]).stderr
-        torch.set_num_threads(1)
-        assert checks.fewer_threads() == ""
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_the_self_test_can_fail(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

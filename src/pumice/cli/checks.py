@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pumice import __version__
 from pumice.errors import InputError, counted, install
+from pumice.storage.memory import BUSY, busy_load, usable_cores
 
 Level = Literal["ok", "note", "problem"]
 GPU_MEMORY = 1.5e9  # bytes; pumice-tiny needs about 1 GB
@@ -158,19 +159,6 @@ def _processor() -> str:
     return named[1] if named else platform.processor() or platform.machine()
 
 
-def usable_cores(root: Path = Path("/")) -> int:
-    """Return the usable cores: the process's affinity, limited by a container's quota (rounded up)."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    group = root / "sys/fs/cgroup"
-    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroup v2, then v1
-        if all((group / file).is_file() for file in files):
-            quota, period = " ".join((group / file).read_text() for file in files).split()
-            if quota.isdecimal():  # else there is no limit: "max", or -1
-                cores = min(cores, max(1, -(-int(quota) // int(period))))
-    return cores
-
-
 def threads(root: Path = Path("/")) -> list[Finding]:
     """Check torch's threads against the usable cores, and the load.
 
@@ -188,27 +176,12 @@ def threads(root: Path = Path("/")) -> list[Finding]:
 
 
 def _load(cores: int, available: str) -> Finding:
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    load = busy_load()
     finding = Finding("load", f"{load:.1f} for {available}", value=load)
-    if load <= 0.75 * cores:
+    if load <= BUSY * cores:
         return finding
     remedy = "other processes are busy: everything takes longer than it could"
     return replace(finding, level="note", remedy=remedy)
-
-
-def fewer_threads() -> str:
-    """Return what speeds training on this CPU up while other programs run; "" where nothing does."""
-    import torch
-
-    cores = usable_cores()
-    load = _load(cores, counted(cores, "core"))
-    free = max(1, int(cores - load.value))
-    if load.level == "ok" or torch.get_num_threads() <= free or torch.cuda.is_available():
-        return ""
-    return (
-        f"other programs are busy (load {load.says}), and threads that wait for a core stop all the others; "
-        f"with OMP_NUM_THREADS={free} training may be many times as fast"
-    )
 
 
 def caches() -> list[Finding]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,9 +16,6 @@ def train(
     ] = None,
 ) -> None:
     """Train by a recipe. Run it again to go on where it was stopped."""
-    from pumice.cli.checks import fewer_threads
     from pumice.train import run
 
-    if advice := fewer_threads():
-        print(f"pumice: {advice}", file=sys.stderr)
     print(f"The model is in {run(recipe, overrides or [])}")
