@@ -23,7 +23,10 @@ from pumice.train.shapes import shape
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted([*(ROOT / "recipes").rglob("*.y*ml"), *(ROOT / "examples").rglob("*.y*ml")])
 # They begin from what scripts of projects/pumice-tiny write.
-WIDENED = {ROOT / "recipes" / "pumice-tiny" / f"{name}.yaml" for name in ("4-coco", "5-answers", "6-see")}
+WIDENED = {
+    ROOT / "recipes" / "pumice-tiny" / f"{name}.yaml"
+    for name in ("4-coco", "5-answers", "6-see", "7-see-both")
+}
 NAMES = {str(path.relative_to(ROOT)) for path in SHIPPED}
 DOCUMENTED = [
     pytest.param(block, id=f"{page.name}-{number}")
@@ -59,7 +62,16 @@ def test_all_published_recipes_are_there() -> None:
     }
     expected_recipes |= {
         f"recipes/pumice-tiny/{name}.yaml"
-        for name in ("0-warm", "1-align", "2-instruct", "3-agree", "4-coco", "5-answers", "6-see")
+        for name in (
+            "0-warm",
+            "1-align",
+            "2-instruct",
+            "3-agree",
+            "4-coco",
+            "5-answers",
+            "6-see",
+            "7-see-both",
+        )
     }
     assert expected_recipes | {"examples/finetune.yaml"} <= NAMES
 
