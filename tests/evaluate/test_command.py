@@ -93,7 +93,19 @@ def test_wrong_input(folder: Path) -> None:
     refused(run(*OWN, "one.jsonl", "--json", "no/x.json"), "the folder 'no'")
     refused(run(*OWN, "one.jsonl", "--report", "."), "'.' is a folder")
     refused(run(*OWN, "one.jsonl", "--judge-url", "http://x", "--judge-model", "m"), "own needs no judge")
-    refused(run(*OWN, "one.jsonl", "--reference", "LLaVA"), "no numbers of 'LLaVA' are known")
+    refused(
+        run(*OWN, "one.jsonl", "--reference", "LLaVA-1.5-7B"), "no numbers of own are published; leave out"
+    )
+    pope = ["pope", "--data", ".", "--predictions", "one.jsonl"]
+    refused(run(*pope, "--reference", "GPT"), "no number of 'GPT' is known for pope; use one of LLaVA-1.5-7B")
+    refused(run(*pope, "--boxes", "qwen"), "pope has no boxes; leave out --boxes")
+    refused(run(*OWN, "one.jsonl", "--with", "other.json"), "--with adds results to a page; add --report")
+    compared = ["--compare", "two.jsonl", "--report", "page.html", "--with", "other.json"]
+    refused(run(*OWN, "one.jsonl", *compared), "--with does nothing beside --compare; leave it out")
+    compared = ["--compare", "two.jsonl", "--reference", "LLaVA-1.5-7B"]
+    refused(run(*pope, *compared), "--reference does nothing beside --compare; leave it out")
+    address = ["--model", "http://127.0.0.1:9/v1", "--model-name", "m", "--device", "cpu"]
+    refused(run(*OWN, "new.jsonl", *address), "--device is for a model of this machine")
     refused(run(*OWN, "one.jsonl", "--model", "http://x/v1"), "name its model there with --model-name")
     for option in (["--model-name", "llava"], ["--slots", "2"], ["--device", "cpu"]):
         refused(run(*OWN, "one.jsonl", *option), f"{option[0]} is for a model that answers")
