@@ -300,3 +300,40 @@ def test_a_model_answers_and_is_scored(folder: Path, tiny_folder: Path) -> None:
     assert run(*arguments).exit_code == 0
     assert (folder / "made.jsonl").read_text().startswith(answers)
     assert len((folder / "made.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("q.json", b'[{"id": 1, "question": "a", "answers": "b"}, {"id', "line 1, column 47: a text has no"),
+        ("q.jsonl", b'{"question": "a"}\n{"question" "b"}', "line 2: this is not JSON (column 13: a colon"),
+        (
+            "q.jsonl",
+            b'{"question": %s}\n' % (b"1" * 5000),
+            "line 1: this is not JSON (a number has too many digits); a right",
+        ),
+        ("q.jsonl", b'{"question": "caf\xe9", "answers": "b"}', "is not UTF-8 text; save it as UTF-8"),
+        ("q.json", b'[{"question": "a", "answers": "b"}, 3]', "row 2"),
+        ("q.json", b'["a"]', "row 1 is no object: 'a'; a right row is"),
+        ("q.jsonl", b'{"answers": "b"}', "row 1: 'question' is missing; a right row is"),
+        (
+            "q.jsonl",
+            b'{"question": 5, "answers": "b"}',
+            "row 1: 5 stands where a text should; a right row is",
+        ),
+        ("q.tsv", b"", "q.tsv' is empty; a right row is"),
+        ("q.jsonl", b"", "q.jsonl' holds no questions; write one row per line, such as {"),
+        (
+            "q.jsonl",
+            b'{"id": 1, "question": "a", "answers": "b"}\n' * 2,
+            "1 question of own had an id that came before, the first is '1'; give each row another id",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_file_of_ones_own(folder: Path, name: str, data: bytes, message: str) -> None:
+    """Nobody can fetch it again, and there is no official one."""
+    (folder / name).write_bytes(data)
+    result = run("own", "--data", name, "--predictions", "one.jsonl")
+    refused(result, message)
+    text = " ".join(result.stderr.split())
+    assert "fetch" not in text and "official" not in text and "set_int_max" not in text

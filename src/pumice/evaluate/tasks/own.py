@@ -198,6 +198,7 @@ class OwnFile(Task):
 
     name = "own"
     title = "Your own file"
+    example = '{"id": "1", "image": "dog.png", "question": "What is it?", "answers": ["a dog"]}'
     has_boxes = True
     headline = "score"
     splits = ("all",)
@@ -210,6 +211,7 @@ class OwnFile(Task):
                 yield _question(row, rows.label, folder, number, self.box_map)
             return
         file = DataFile(data) if data.is_file() else self.locate(data, "questions.jsonl")
+        file = replace(file, example=self.example)
         for number, row in enumerate(read_rows(file, "question"), 1):
             yield _question(row, str(file), file.path.parent, number, self.box_map)
 
