@@ -383,3 +383,12 @@ def test_every_promise_of_the_security_page_names_its_test() -> None:
         for name in named:
             path = ROOT / (name if name.startswith("tests/") else f"tests/serve/{name}")
             assert name == "make attack" or path.exists(), (promise, name)
+
+
+def test_every_extra_is_in_the_table() -> None:
+    """And no other: what `pip install -e '.[NAME]'` would not know."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = project.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    extras = re.findall(r"^([a-z]+) = \[", section, re.MULTILINE)
+    table = (ROOT / "docs/setup.md").read_text(encoding="utf-8").partition("| for | NAME |")[2]
+    assert sorted(re.findall(r"^\| .*\| `([a-z]+)`", table, re.MULTILINE)) == sorted(extras)

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import pumice
-from pumice.jsonl import json_text, print_json
+from pumice.errors import CAUSE, InputError
+from pumice.jsonl import json_text, print_json, wrong_json
 from pumice.serve.logs import JsonFormatter, TextFormatter
 
 VALUES = {"question": "狗 é 😀", "path": "C:\\été\\\u00a0x"}
@@ -82,3 +83,35 @@ def test_no_command_prints_json_by_itself() -> None:
     texts = {path.name: path.read_text(encoding="utf-8") for path in folder.rglob("*.py")}
     assert sum("print_json(" in text for text in texts.values()) == 11
     assert [name for name, text in texts.items() if re.search(r"print\(\s*json\.", text)] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ('{"a": 1\n "b": 2}', "line 2, column 2: a comma or a closing bracket is missing"),
+        ("{a: 1}", "line 1, column 2: a key in double quotes is missing"),
+        ('{"a" 1}', "line 1, column 6: a colon is missing behind a key"),
+        ("[1, 'x']", "line 1, column 5: a value is missing"),
+        ('["a\tb"]', "line 1, column 4: a text holds a line break or another control character"),
+        (r'["C:\dog.png"]', "line 1, column 5: a backslash in a text begins no known character; write two"),
+        ('{"a": 1} x', "line 1, column 10: more follows behind the end"),
+        ('["a', "line 1, column 2: a text has no closing quote"),
+        ('{"a": [1,\n', "line 2, column 1: it ends too early"),
+        ("", "line 1, column 1: it ends too early"),
+        ("1" * 5000, "a number has too many digits"),
+        ("[" * 100_000, "too many brackets stand inside each other"),
+        (b'"\xff"', "it is not UTF-8 text"),
+    ],
+)
+def test_what_is_wrong_with_json_is_told_in_plain_words(text: str | bytes, fault: str) -> None:
+    with pytest.raises(InputError) as caught, wrong_json(f"the file: {CAUSE}; fix it"):
+        json.loads(text)
+    assert str(caught.value) == f"the file: {fault}; fix it"
+
+
+def test_a_row_has_one_number() -> None:
+    """Its own, so its lines are not told beside it."""
+    for text, fault in (("[1 2]", "column 4: a comma"), ("[1\n2]", "a comma")):
+        with pytest.raises(InputError) as caught, wrong_json(f"row 7: {CAUSE}", one_row=True):
+            json.loads(text)
+        assert str(caught.value) == f"row 7: {fault} or a closing bracket is missing"

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from pumice.conversation import Video
-from pumice.errors import InputError, WorkError
+from pumice.errors import InputError, WorkError, install
 from pumice.images import data_url, read_image
 from pumice.jsonl import parse_json
 
@@ -54,7 +54,7 @@ class ChatEndpoint:
     def check(self) -> None:
         """Raise InputError on values that cannot be meant, and where the openai library is missing."""
         if find_spec("openai") is None:
-            raise InputError("a model at an address needs the openai library; install it: pip install openai")
+            raise InputError(f"a model at an address needs the openai library: {install('eval')}")
         try:
             parts = urlsplit(self.url)
             is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

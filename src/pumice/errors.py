@@ -115,16 +115,19 @@ def wrong_input(kinds: type[Exception] | tuple[type[Exception], ...], sentence: 
 
 
 @contextlib.contextmanager
-def official(describe: Callable[[], str]) -> Iterator[None]:
+def official(describe: Callable[[], str], own_row: str = "") -> Iterator[None]:
     """Turn errors while reading a publisher's files into InputErrors: a missing field, a wrong type.
 
-    describe: returns a description of the files and of the position in them, for the message.
+    describe: returns a description of the files and of the position in them, for the message. own_row: a
+    right row, where the user wrote the file.
     """
     try:
         yield
     except InputError:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        if own_row:
+            raise InputError(f"{describe()}: {error}; a right row is {own_row}") from error
         detail = f"{type(error).__name__}, {error}"
         raise InputError(
             f"{describe()}: its fields are not the official ones ({detail}); fetch it anew"

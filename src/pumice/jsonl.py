@@ -6,7 +6,7 @@ import codecs
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -64,6 +64,51 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+# How Python's messages begin, and what they mean.
+_FAULTS = {
+    "Expecting ',' delimiter": "a comma or a closing bracket is missing",
+    "Expecting ':' delimiter": "a colon is missing behind a key",
+    "Expecting property name": "a key in double quotes is missing",
+    "Illegal trailing comma": "a comma follows the last value",
+    "Expecting value": "a value is missing",
+    "Unterminated string": "a text has no closing quote",
+    "Invalid control character": "a text holds a line break or another control character",
+    "Invalid \\": "a backslash in a text begins no known character; write two",
+    "Extra data": "more follows behind the end",
+}
+
+
+def json_fault(error: ValueError | RecursionError) -> str:
+    """Say in plain words what `json.loads` found wrong, without the place."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8 text"
+    if isinstance(error, RecursionError):
+        return "too many brackets stand inside each other"
+    if not isinstance(error, json.JSONDecodeError):  # Python's advice is to raise its limit of digits
+        return "a number has too many digits" if "digits" in str(error) else str(error)
+    if error.pos >= len(error.doc.rstrip()):
+        return "it ends too early"
+    return next((fault for begin, fault in _FAULTS.items() if error.msg.startswith(begin)), error.msg)
+
+
+@contextlib.contextmanager
+def wrong_json(sentence: str, *, one_row: bool = False) -> Iterator[None]:
+    """Turn errors of `json.loads` into an InputError with this sentence; CAUSE in it stands for the fault.
+
+    one_row: the text is a row, whose number the sentence has, so no line is told.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        fault = json_fault(error)
+        if isinstance(error, json.JSONDecodeError) and not (one_row and error.lineno > 1):
+            line = "" if one_row else f"line {error.lineno}, "
+            fault = f"{line}column {error.colno}: {fault}"
+        raise InputError(sentence.replace(CAUSE, fault)) from error
 
 
 class ResumableFile(Generic[T]):

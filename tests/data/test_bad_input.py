@@ -260,7 +260,10 @@ def test_what_cannot_be_mapped_says_how_it_could(tmp_path: Path, value: dict[str
             b'{"1": {"image": "a.png"}, "2": {"image": "b.png"}}',
             "is one JSON object of 2 objects; write a list",
         ),
-        (b'{\n"id": 1}\n{"id": \n', "the JSON is malformed or cut off near byte 19; fix the file"),
+        (
+            b'{\n"id": 1}\n{"id": \n',
+            "the JSON is malformed or cut off at line 4, column 1 (it ends too early); fix the file",
+        ),
         (b"PK\x03\x04" + bytes(26) + b"[Content_Types].xml", "is an Excel workbook; save its table as CSV"),
     ],
 )

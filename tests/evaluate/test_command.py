@@ -93,8 +93,19 @@ def test_wrong_input(folder: Path) -> None:
     refused(run(*OWN, "one.jsonl", "--json", "no/x.json"), "the folder 'no'")
     refused(run(*OWN, "one.jsonl", "--report", "."), "'.' is a folder")
     refused(run(*OWN, "one.jsonl", "--judge-url", "http://x", "--judge-model", "m"), "own needs no judge")
-    refused(run(*OWN, "one.jsonl", "--reference", "LLaVA"), "no numbers of 'LLaVA' are known")
-    refused(run(*OWN, "one.jsonl", "--reference", "LLaVA-1.5-7B"), "LLaVA-1.5-7B is published for own")
+    refused(
+        run(*OWN, "one.jsonl", "--reference", "LLaVA-1.5-7B"), "no numbers of own are published; leave out"
+    )
+    pope = ["pope", "--data", ".", "--predictions", "one.jsonl"]
+    refused(run(*pope, "--reference", "GPT"), "no number of 'GPT' is known for pope; use one of LLaVA-1.5-7B")
+    refused(run(*pope, "--boxes", "qwen"), "pope has no boxes; leave out --boxes")
+    refused(run(*OWN, "one.jsonl", "--with", "other.json"), "--with adds results to a page; add --report")
+    compared = ["--compare", "two.jsonl", "--report", "page.html", "--with", "other.json"]
+    refused(run(*OWN, "one.jsonl", *compared), "--with does nothing beside --compare; leave it out")
+    compared = ["--compare", "two.jsonl", "--reference", "LLaVA-1.5-7B"]
+    refused(run(*pope, *compared), "--reference does nothing beside --compare; leave it out")
+    address = ["--model", "http://127.0.0.1:9/v1", "--model-name", "m", "--device", "cpu"]
+    refused(run(*OWN, "new.jsonl", *address), "--device is for a model of this machine")
     refused(run(*OWN, "one.jsonl", "--model", "http://x/v1"), "name its model there with --model-name")
     for option in (["--model-name", "llava"], ["--slots", "2"], ["--device", "cpu"]):
         refused(run(*OWN, "one.jsonl", *option), f"{option[0]} is for a model that answers")
@@ -289,3 +300,40 @@ def test_a_model_answers_and_is_scored(folder: Path, tiny_folder: Path) -> None:
     assert run(*arguments).exit_code == 0
     assert (folder / "made.jsonl").read_text().startswith(answers)
     assert len((folder / "made.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("q.json", b'[{"id": 1, "question": "a", "answers": "b"}, {"id', "line 1, column 47: a text has no"),
+        ("q.jsonl", b'{"question": "a"}\n{"question" "b"}', "line 2: this is not JSON (column 13: a colon"),
+        (
+            "q.jsonl",
+            b'{"question": %s}\n' % (b"1" * 5000),
+            "line 1: this is not JSON (a number has too many digits); a right",
+        ),
+        ("q.jsonl", b'{"question": "caf\xe9", "answers": "b"}', "is not UTF-8 text; save it as UTF-8"),
+        ("q.json", b'[{"question": "a", "answers": "b"}, 3]', "row 2"),
+        ("q.json", b'["a"]', "row 1 is no object: 'a'; a right row is"),
+        ("q.jsonl", b'{"answers": "b"}', "row 1: 'question' is missing; a right row is"),
+        (
+            "q.jsonl",
+            b'{"question": 5, "answers": "b"}',
+            "row 1: 5 stands where a text should; a right row is",
+        ),
+        ("q.tsv", b"", "q.tsv' is empty; a right row is"),
+        ("q.jsonl", b"", "q.jsonl' holds no questions; write one row per line, such as {"),
+        (
+            "q.jsonl",
+            b'{"id": 1, "question": "a", "answers": "b"}\n' * 2,
+            "1 question of own had an id that came before, the first is '1'; give each row another id",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_file_of_ones_own(folder: Path, name: str, data: bytes, message: str) -> None:
+    """Nobody can fetch it again, and there is no official one."""
+    (folder / name).write_bytes(data)
+    result = run("own", "--data", name, "--predictions", "one.jsonl")
+    refused(result, message)
+    text = " ".join(result.stderr.split())
+    assert "fetch" not in text and "official" not in text and "set_int_max" not in text

@@ -20,6 +20,7 @@ from pumice.cli.options import Opening
 from pumice.evaluate import parity
 from pumice.formats.export import export
 from pumice.formats.gguf import library
+from pumice.formats.import_ import import_model
 from pumice.formats.pumice.folder import save
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import as_lazy
@@ -88,6 +89,21 @@ def test_changed_weights(models: ModuleType, checked: Checked, name: str, partin
     found = stages(report)
     assert (found["tower"], found["decoder"]) == (parting != "tower", parting != "decoder")
     assert found["answer"] is False
+
+
+def test_a_quantised_side_is_named(models: ModuleType, checked: Checked, tmp_path: Path) -> None:
+    """Also where the other side is quantised; rounding must not pass for a fault."""
+    model = tiny(models)
+    save(tmp_path / "plain", model.config, model.state, tokenizer=model.tokenizer.to_str())
+    import_model(tmp_path / "plain", tmp_path / "int4", quantize="int4")
+    report = checked(model, tmp_path / "int4", "--tolerance", "0")
+    assert report["parts"] == "decoder"
+    said = (
+        f"{tmp_path / 'own'} is not quantised and {tmp_path / 'int4'} is quantised to int4, so rounding alone"
+    )
+    assert report["hint"].startswith(said)
+    report = checked(model, changed(model, "decoder.blocks.1.attention.q.weight"))
+    assert report["hint"].startswith("the language model computes otherwise")
 
 
 def test_another_tokenizer_and_other_tiles(models: ModuleType, checked: Checked) -> None:

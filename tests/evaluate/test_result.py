@@ -77,7 +77,7 @@ def test_missing_answers_are_refused_or_partial(files: Path) -> None:
 def test_questions_that_came_before(files: Path) -> None:
     with (files / "questions.jsonl").open("a") as file:
         file.write('{"id": 3, "question": "Q?", "answers": "yes"}\n')
-    with pytest.raises(InputError, match="1 questions of own have an id that came before, the first is '3'"):
+    with pytest.raises(InputError, match="1 question of own had an id that came before, the first is '3'"):
         read_questions(get_task("own"), files)
 
 

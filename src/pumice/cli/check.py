@@ -82,6 +82,8 @@ def check(
     results = _run(first, second, asked, tolerance)
     parting = first_parting([stage for stages in results for stage in stages])
     hint = None if parting is None else _HINTS[parting]
+    if parting is not None and (rounded := _rounded(model, against, opening, against_mmproj, served)):
+        hint = f"{rounded}, so rounding alone may be the difference; if it is not, {hint}"
     if as_json:
         rows = [
             {
@@ -124,6 +126,26 @@ def _programs(
     parts = read_model(against, mmproj=mmproj)
     processor = Processor(parts.config, Tokenizer(parts.tokenizer))
     return first, InLlamaCpp(against, llm.path, None if seeing is None else seeing.path, processor)
+
+
+def _rounded(model: str, against: str, opening: options.Opening, mmproj: str | None, served: bool) -> str:
+    """Say how each side's file is quantised, where they differ; "" if they do not, or it is not known."""
+    from pumice.formats.quantize import stored_bits
+    from pumice.formats.read import read_model
+
+    if served or opening.quantize != "none":  # with --quantize, both are rounded alike
+        return ""
+    arguments = opening.arguments()
+    named = {key: arguments[key] for key in ("template", "tower", "base", "mmproj")}
+    kinds = [
+        stored_bits(parts.state) for parts in (read_model(model, **named), read_model(against, mmproj=mmproj))
+    ]
+    if kinds[0] == kinds[1]:
+        return ""
+    return " and ".join(
+        f"{name} is quantised to {kind}" if kind else f"{name} is not quantised"
+        for name, kind in zip((model, against), kinds, strict=True)
+    )
 
 
 def _questions(first: InPumice, images: Sequence[Path], texts: Sequence[str]) -> list[CheckQuestion]:

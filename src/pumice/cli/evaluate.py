@@ -78,7 +78,6 @@ def evaluate(
     pumice eval pope --data pope/ --predictions answers.jsonl
     """
     from pumice.evaluate import result
-    from pumice.evaluate.published import PUBLISHED
     from pumice.evaluate.run import check_images, run
     from pumice.evaluate.tasks import get_task
 
@@ -98,15 +97,24 @@ def evaluate(
     if predictions is None:
         raise InputError("--predictions is missing; name the file of answers (with --model it is written)")
     if reference is not None:
-        check_known(reference, PUBLISHED, f"no numbers of {reference!r} are known")
-        if reference not in benchmark.source.published:
-            raise InputError(f"no number of {reference} is published for {task}; leave --reference out")
+        if not benchmark.source.published:
+            raise InputError(f"no numbers of {task} are published; leave out --reference")
+        check_known(reference, benchmark.source.published, f"no number of {reference!r} is known for {task}")
     answering = {
         "--max-new-tokens": max_new_tokens, "--model-name": model_name, "--slots": slots, "--device": device
     }  # fmt: skip
     for option, value in answering.items():
         if value is not None and model is None:
             raise InputError(f"{option} is for a model that answers; add --model, or leave it out")
+    if device is not None and model is not None and model.startswith(("http://", "https://")):
+        raise InputError(f"--device is for a model of this machine, not for {model}; leave it out")
+    if other_results and report is None:
+        raise InputError("--with adds results to a page; add --report FILE, or leave it out")
+    for option, given in (("--reference", reference), ("--with", other_results)):
+        if given and compare is not None:
+            raise InputError(f"{option} does nothing beside --compare; leave it out")
+    if boxes is not None and not benchmark.has_boxes:
+        raise InputError(f"{task} has no boxes; leave out --boxes")
     if compare is not None and model is not None:
         raise InputError("--compare is for two files of answers; leave out --model")
     if compare is not None and predictions.exists() and compare.exists() and predictions.samefile(compare):

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from pumice.conversation import Video
-from pumice.errors import CAUSE, InputError, wrong_input
+from pumice.errors import CAUSE, InputError, shorten, wrong_input
 from pumice.evaluate.archives import members, read_bounded, read_member, read_table
 from pumice.files import replacing
-from pumice.jsonl import parse_json
+from pumice.jsonl import parse_json, wrong_json
 
 DEPTH = 4  # levels of folders below --data that are searched
 
@@ -48,23 +48,24 @@ class ImageFile:
 class DataFile:
     """A file in a folder, or (with `member`) inside the zip at `path`.
 
-    own: whether the user wrote it, so that a damaged one must be mended, not fetched again.
+    example: a right row, where the user wrote the file; an official file has none, and can be fetched.
     """
 
     path: Path
     member: str = ""
-    own: bool = False
+    example: str = ""
 
     def __str__(self) -> str:
         return f"{self.path}/{self.member}" if self.member else str(self.path)
 
     @property
-    def name(self) -> str:
-        return Path(self.member or self.path).name
+    def remedy(self) -> str:
+        """What to do where the file is damaged: the end of a message."""
+        return f"a right row is {self.example}" if self.example else "fetch it again"
 
     @property
-    def remedy(self) -> str:
-        return "mend it" if self.own else "fetch it again"
+    def name(self) -> str:
+        return Path(self.member or self.path).name
 
     def read(self) -> bytes:
         """Return the whole file. Raises InputError where it cannot be read or is too large."""
@@ -78,7 +79,8 @@ class DataFile:
 
     def text(self) -> str:
         """Return the whole file. Raises InputError unless it is UTF-8 (a byte order mark is dropped)."""
-        with wrong_input(UnicodeDecodeError, f"'{self}' is not UTF-8 text; {self.remedy}"):
+        remedy = "save it as UTF-8" if self.example else "fetch it again"
+        with wrong_input(UnicodeDecodeError, f"'{self}' is not UTF-8 text; {remedy}"):
             return self.read().decode("utf-8-sig")
 
 
@@ -192,8 +194,7 @@ class ImageFolders:
 def read_json(file: DataFile, *keys: str) -> Any:
     """Read a JSON file: an object with all `keys`, if any are given. Raises InputError where it is none."""
     text = file.text()
-    damaged = (ValueError, RecursionError)
-    with wrong_input(damaged, f"'{file}' is cut off or not JSON ({CAUSE}); {file.remedy}"):
+    with wrong_json(f"'{file}' is cut off or not JSON ({CAUSE}); {file.remedy}"):
         value = json.loads(text)
     if keys:
         require_keys(value, keys, f"'{file}'")
@@ -225,9 +226,10 @@ def read_rows(
         rows = ({"key": key, **row} if isinstance(row, dict) else row for key, row in value.items())
     else:
         rows = read_json(file, at)[at]
+    asked = file.remedy if file.example else "is this the official file?"
     for number, row in enumerate(rows, 1):
         label = row["key"] if at == "*" and isinstance(row, dict) else f"row {number}"
-        require_keys(row, keys, f"'{file}', {label}")
+        require_keys(row, keys, f"'{file}', {label}", asked)
         yield row
 
 
@@ -249,14 +251,23 @@ def read_jsonl(file: DataFile) -> list[dict[str, Any]]:
     text = file.text().lstrip()
     if text.startswith("["):
         rows = read_json(file)
+        for number, row in enumerate(rows if file.example else (), 1):
+            if not isinstance(row, dict):
+                raise InputError(f"'{file}', row {number} is no object: {shorten(row, 40)}; {file.remedy}")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise InputError(f"'{file}' is not a list of objects; {file.remedy}")
+            raise InputError(f"'{file}' is not a list of objects; fetch it again")
         return rows
     rows, broken = read_lines(file)
+    if broken and file.example:
+        line = file.text().split("\n")[broken[0] - 1]
+        place = f"'{file}', line {broken[0]}"
+        with wrong_json(f"{place}: this is not JSON ({CAUSE}); {file.remedy}", one_row=True):
+            json.loads(line)
+        raise InputError(f"{place} is no object: {shorten(line, 40)}; {file.remedy}")
     if broken:
         raise InputError(
             f"'{file}': {len(broken)} of {len(rows) + len(broken)} lines are cut off or not JSON, "
-            f"the first is line {broken[0]}; {file.remedy}"
+            f"the first is line {broken[0]}; fetch it again"
         )
     return rows
 
@@ -279,7 +290,7 @@ def read_tsv(file: DataFile, texts: Collection[str] = ()) -> Iterator[dict[str, 
             if len(row) != len(header):
                 raise InputError(
                     f"'{file}', row {number}: {len(row)} columns where the header has {len(header)}; "
-                    f"the file is cut off or damaged, {file.remedy}"
+                    + (file.remedy if file.example else "the file is cut off or damaged, fetch it again")
                 )
             yield {
                 column: None if cell == "" or (cell in _NO_VALUE and column not in texts) else cell
@@ -326,10 +337,10 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
         file.write(json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
 
 
-def require_keys(row: Any, keys: Sequence[str], error_prefix: str) -> None:
+def require_keys(
+    row: Any, keys: Sequence[str], error_prefix: str, remedy: str = "is this the official file?"
+) -> None:
     """Raise InputError, which begins with `error_prefix`, unless row is an object with all keys."""
     missing = [key for key in keys if not isinstance(row, dict) or key not in row]
     if missing:
-        raise InputError(
-            f"{error_prefix}: {', '.join(repr(k) for k in missing)} is missing; is this the official file?"
-        )
+        raise InputError(f"{error_prefix}: {', '.join(repr(k) for k in missing)} is missing; {remedy}")

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from pumice import __version__
-from pumice.errors import CAUSE, InputError, official, wrong_input
+from pumice.errors import CAUSE, InputError, counted, official, wrong_input
 from pumice.evaluate.files import ImageFile
 from pumice.evaluate.metrics.bootstrap import interval_of
 from pumice.evaluate.predictions import check, match, read_predictions
 from pumice.evaluate.published import drift
 from pumice.evaluate.task import Answered, Question, Score, Task, mean_statistic
+from pumice.jsonl import wrong_json
 
 LEVEL = 0.95
 FORMAT = 1  # of the result
@@ -70,10 +71,13 @@ def read_questions(
             selected.append(question)
     if duplicate_ids:
         raise InputError(
-            f"{len(duplicate_ids)} questions of {task.name} have an id that came before, "
-            f"the first is {duplicate_ids[0]!r}; are two versions of the files in one folder?"
+            f"{counted(len(duplicate_ids), 'question')} of {task.name} had an id that came before, "
+            f"the first is {duplicate_ids[0]!r}; "
+            + ("give each row another id" if task.example else "are two versions of the files in one folder?")
         )
     if not selected:
+        if task.example:
+            raise InputError(f"'{data}' holds no questions; write one row per line, such as {task.example}")
         raise InputError(f"the files of {task.name} in '{data}' hold no questions; fetch them again")
     return QuestionSet(selected, total, task.source.known_sizes(task.split), digest.hexdigest())
 
@@ -81,7 +85,13 @@ def read_questions(
 def _questions(task: Task, data: Path) -> Iterator[Question]:
     """Yield a benchmark's questions. Raises InputError where a field is missing or has another type."""
     number = 0
-    with official(lambda: f"{task.name} in '{data}', version {task.source.version}, question {number + 1}"):
+
+    def describe() -> str:
+        if task.example:
+            return f"'{data}', row {number + 1}"
+        return f"{task.name} in '{data}', version {task.source.version}, question {number + 1}"
+
+    with official(describe, task.example):
         for question in task.questions(data):
             _check_texts(question)
             yield question
@@ -222,8 +232,8 @@ def _number(value: float | None) -> float | None:
 
 def read_result(path: Path) -> dict[str, Any]:
     """Read a result that `pumice eval --json` wrote. Raises InputError where the file holds none."""
-    damaged = (OSError, ValueError, RecursionError)
-    with wrong_input(damaged, f"the result '{path}' cannot be read ({CAUSE}); write it with --json"):
+    sentence = f"the result '{path}' cannot be read ({CAUSE}); write it with --json"
+    with wrong_json(sentence), wrong_input(OSError, sentence):
         result = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(result, dict) or result.get("format") != FORMAT or "headline" not in result:
         raise InputError(f"'{path}' is not a result of pumice eval, format {FORMAT}; write it with --json")

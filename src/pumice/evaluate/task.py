@@ -124,6 +124,7 @@ class Task(ABC):
     lower_is_better: ClassVar[bool] = False  # of the headline; in Score.values higher is always better
     source: ClassVar[DatasetSource]  # that of benchmarks.yaml if the class has none
     max_new_tokens: ClassVar[int] = 128
+    example: ClassVar[str] = ""  # a right row, where the user writes the file; else the file is official
     has_boxes: ClassVar[bool] = False  # whether answers may hold boxes, which models write in several forms
     splits: ClassVar[tuple[str, ...]]  # first: the published split that has public answers
 

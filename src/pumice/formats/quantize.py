@@ -73,6 +73,18 @@ def stored_in_blocks(config: ModelConfig, state: LazyStateDict) -> bool:
     return config.lora is None and bool(blocks) and None not in blocks
 
 
+def stored_bits(state: LazyStateDict) -> str:
+    """Return what tensors are quantised to: "int8", "int4", ggml's names of other types, or "" for none."""
+    names = {t.stored_as if t.blocks is None else t.blocks.kind.name for t in state.values()}
+    names -= {"", "F32", "F16", "BF16"}
+    eight = {BlockFormat.Q8_0.name}
+    if names == eight:
+        return "int8"
+    # Of int4, the embedding and the vocabulary projection have 8 bits (see `kind_of`).
+    four = {BlockFormat.Q4_1.name, BlockFormat.Q4_K.name}
+    return "int4" if names and names <= four | eight else " and ".join(sorted(names))
+
+
 def kept_below(config: ModelConfig, state: LazyStateDict, bits: str) -> str:
     """Say which matrices were stored in fewer bits than were asked for, and stay so; "" if none were.
 

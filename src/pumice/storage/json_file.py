@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pumice.errors import CAUSE, InputError, finite, shorten, wrong_input
+from pumice.jsonl import wrong_json
 
 _T = TypeVar("_T")
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "an object"}
@@ -16,7 +17,7 @@ _REQUIRED: Any = object()  # instead of a default: the key must be there
 
 def read_text(path: Path, lacking: str = "the folder is not whole") -> str:
     """Read a text file. lacking: for the error message, what it means that the file is missing."""
-    with wrong_input(UnicodeDecodeError, f"{path} cannot be read: {CAUSE}"):
+    with wrong_input(UnicodeDecodeError, f"{path} cannot be read: it is not UTF-8 text"):
         return read_bytes(path, lacking).decode()
 
 
@@ -32,8 +33,8 @@ def read_bytes(path: Path, lacking: str = "the folder is not whole") -> bytes:
 def read_json(path: Path, lacking: str = "the folder is not whole") -> dict[str, Any]:
     """Read a file's JSON object. Raises InputError if the file is missing, or holds something else."""
     text = read_text(path, lacking).removeprefix("\ufeff")  # which editors on Windows write
-    with wrong_input((ValueError, RecursionError), f"{path} is not JSON: {CAUSE}"):
-        values = json.loads(text)  # a number of more than 4,300 digits is a ValueError, too
+    with wrong_json(f"{path} is not JSON: {CAUSE}"):
+        values = json.loads(text)
     if not isinstance(values, dict):
         raise InputError(f"{path} should hold a JSON object, not a {type(values).__name__}")
     return values

@@ -60,7 +60,9 @@ class _Loader(yaml.SafeLoader):
             raise
         except Exception as error:  # of Python's own types: a 30th of February, an int of 5,000 digits
             value = node.value if isinstance(node, yaml.ScalarNode) else node.tag
-            raise _error(f"{shorten(value, 40)} cannot be read: {error}", node) from error
+            # Python's own words advise to raise its limit of digits.
+            reason = "it has too many digits" if "digits" in str(error) else error
+            raise _error(f"{shorten(value, 40)} cannot be read: {reason}", node) from error
         if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
             raise _error("the number is too large", node)
         return value

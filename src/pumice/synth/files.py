@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 from pumice.data.sources.json_text import BOM, JsonReader
 from pumice.errors import CAUSE, InputError, wrong_input
+from pumice.jsonl import wrong_json
 
 _OTHER = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PK": "zip"}
 
@@ -85,8 +86,9 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, object) of each line of a JSON Lines file."""
     for number, line in lines(path):
         error_prefix = f"'{path}', line {number}"
-        damaged = f"{error_prefix}: this is not JSON ({CAUSE}); write one object per line"
-        with wrong_input((ValueError, RecursionError), damaged):
+        with wrong_json(
+            f"{error_prefix}: this is not JSON ({CAUSE}); write one object per line", one_row=True
+        ):
             value = json.loads(line)
         if not isinstance(value, dict):
             raise InputError(

@@ -165,19 +165,3 @@ def test_rows_that_would_be_asked_wrongly(pictures: Path, row: dict[str, str], m
     (pictures / "rows.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(InputError, match=re.escape(message)):
         asked(pictures / "rows.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("q.jsonl", b'{"question": "What?"}\n{"question', "the first is line 2; mend it"),
-        ("q.jsonl", b"[1, 2]", "is not a list of objects; mend it"),
-        ("q.jsonl", b'[{"question"', "cut off or not JSON .*; mend it"),
-        ("q.jsonl", b'{"question": "\xff?"}', "is not UTF-8 text; mend it"),
-        ("q.tsv", b"", "is empty; mend it"),
-    ],
-)
-def test_nobody_can_fetch_an_own_file_again(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        list(get_task("own").questions(tmp_path / name))

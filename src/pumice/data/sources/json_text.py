@@ -12,7 +12,8 @@ import numpy as np
 
 from pumice.data.arrays import kept
 from pumice.data.sources.source import OpenFiles, Record, Source, reading
-from pumice.errors import InputError
+from pumice.errors import CAUSE, InputError, wrong_input
+from pumice.jsonl import json_fault, wrong_json
 
 BOM = b"\xef\xbb\xbf"
 _BLOCK = 1 << 22  # bytes read at once
@@ -94,14 +95,15 @@ class JsonReader:
             try:
                 value = self.value()
             except (ValueError, RecursionError) as error:
-                raise _broken(f"'{name}', row {number + 1}: the JSON list", self.offset, error) from error
+                raise self.broken(f"'{name}', row {number + 1}: the JSON list", error) from error
             number += 1
             yield start, self.offset, value
             following = self.peek()
             closed = following == "]"
             if not closed:
                 if following != ",":
-                    raise _broken(f"'{name}', row {number}: the JSON list", self.offset)
+                    lacks = ValueError(f"{'a comma' if following else 'its end'} is missing")
+                    raise self.broken(f"'{name}', row {number}: the JSON list", lacks)
                 self.skip()
                 self.peek()
         self.skip()
@@ -137,13 +139,38 @@ class JsonReader:
         except (ValueError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
-            raise _broken(f"'{name}': the JSON object", self.offset, error) from error
+            raise self.broken(f"'{name}': the JSON object", error) from error
 
     def check_end(self, name: str) -> None:
         """Raise InputError if more follows than blanks. name: of the file."""
-        end = self.offset
         if self.peek():
-            raise InputError(f"'{name}': more follows the end of the JSON, at byte {end}; fix the file")
+            raise InputError(f"'{name}': more follows the end of the JSON, at {self._place()}; fix the file")
+
+    def broken(self, what: str, error: ValueError | RecursionError) -> InputError:
+        """Return the error of a value that begins or goes on wrongly here. what: it is called."""
+        if isinstance(error, UnicodeDecodeError):
+            return InputError(f"{what} is not UTF-8 text at {self._place()}; save the file as UTF-8")
+        fault = json_fault(error)
+        return InputError(f"{what} is malformed or cut off at {self._place()} ({fault}); fix the file")
+
+    def _place(self) -> str:
+        """Return the line and the column of `offset`, for messages; of a very long line the byte."""
+        end, position = self.offset, self._file.tell()
+        line, line_start, at = 1, 0, 0
+        self._file.seek(0)
+        while at < end and (block := self._file.read(min(_BLOCK, end - at))):
+            line += block.count(b"\n")
+            if (last := block.rfind(b"\n")) >= 0:
+                line_start = at + last + 1
+            at += len(block)
+        self._file.seek(line_start)
+        if end - line_start > _BLOCK:
+            place = f"line {line}, byte {end - line_start + 1}"
+        else:
+            text = self._file.read(end - line_start).decode("utf-8-sig", "replace")
+            place = f"line {line}, column {len(text) + 1}"
+        self._file.seek(position)
+        return place
 
     def _more(self, size: int) -> bool:
         block = self._file.read(size)
@@ -169,12 +196,10 @@ class JsonRows(Source):
         return len(self._spans)
 
     def record(self, index: int) -> Record:
-        try:
+        not_text = f"{self.place(index)}: this is not UTF-8 text; save the file as UTF-8"
+        not_json = f"{self.place(index)}: this is not JSON ({CAUSE}); fix or remove the row"
+        with wrong_json(not_json, one_row=True), wrong_input(UnicodeDecodeError, not_text):
             values = read_values(self._file, 0, self._spans[index])
-        except (ValueError, RecursionError) as error:
-            what = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
-            remedy = "save the file as UTF-8" if what == "UTF-8" else "fix or remove the row"
-            raise InputError(f"{self.place(index)}: this is not {what} ({error}); {remedy}") from error
         if not isinstance(values, dict):
             raise InputError(f"{self.place(index)}: expected an object, found {kind(values)}")
         return values
@@ -275,10 +300,7 @@ def _value_spans(reader: JsonReader, name: str) -> Iterator[tuple[int, int]]:
         try:
             reader.value()
         except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"'{name}': the JSON is malformed or cut off near byte {reader.offset}; fix the file, or "
-                "write one object per line"
-            ) from error
+            raise reader.broken(f"'{name}': the JSON", error) from error
         yield begin, reader.offset
 
 
@@ -294,9 +316,3 @@ def _list_spans(reader: JsonReader, name: str) -> Iterator[tuple[int, int]]:
     for start, end, _ in reader.items(name):
         yield start, end
     reader.check_end(name)
-
-
-def _broken(what: str, byte: int, error: Exception | None = None) -> InputError:
-    if isinstance(error, UnicodeDecodeError):
-        return InputError(f"{what} is not UTF-8 text near byte {byte}; save the file as UTF-8")
-    return InputError(f"{what} is malformed or cut off near byte {byte}; fix the file")

@@ -72,7 +72,7 @@ class Table(Source):
             text = data.decode()
         except UnicodeDecodeError as error:
             raise InputError(
-                f"{self.place(index)}: this is not UTF-8 ({error}); save the file as UTF-8"
+                f"{self.place(index)}: this is not UTF-8 text; save the file as UTF-8"
             ) from error
         cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=self.delimiter, strict=True))
         if len(cells) != len(self.columns):

@@ -15,6 +15,7 @@ import numpy as np
 from pumice.data.arrays import kept
 from pumice.data.sources.source import OpenFiles, Record, Source, reading
 from pumice.errors import InputError
+from pumice.jsonl import json_fault
 
 _PICTURES = re.compile(r"(?:.*\.)?(?:jpe?g|png|webp|gif|bmp|tiff?|ppm|jp2|avif|heic)", re.IGNORECASE)
 _TEXTS = {"txt": "text", "text": "text", "caption": "caption", "cls": "label"}
@@ -85,8 +86,8 @@ class TarRows(Source):
                 return
             values = json.loads(data)
         except (ValueError, RecursionError) as error:
-            what = "JSON" if ending == "json" else "UTF-8"
-            raise InputError(f"{self.place(index)}: its .{ending} is not {what} ({error}); fix it") from error
+            what = f"JSON ({json_fault(error)})" if ending == "json" else "UTF-8 text"
+            raise InputError(f"{self.place(index)}: its .{ending} is not {what}; fix it") from error
         if isinstance(values, dict):
             record |= values
         elif isinstance(values, list):

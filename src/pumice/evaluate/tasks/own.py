@@ -198,6 +198,7 @@ class OwnFile(Task):
 
     name = "own"
     title = "Your own file"
+    example = '{"id": "1", "image": "dog.png", "question": "What is it?", "answers": ["a dog"]}'
     has_boxes = True
     headline = "score"
     splits = ("all",)
@@ -210,7 +211,7 @@ class OwnFile(Task):
                 yield _question(row, rows.label, folder, number, self.box_map)
             return
         file = DataFile(data) if data.is_file() else self.locate(data, "questions.jsonl")
-        file = replace(file, own=True)
+        file = replace(file, example=self.example)
         for number, row in enumerate(read_rows(file, "question"), 1):
             yield _question(row, str(file), file.path.parent, number, self.box_map)
 
@@ -251,7 +252,7 @@ def _rows_to_learn(data: Path) -> Rows | None:
     names = record.get("image")
     if own and images == ([names] if isinstance(names, str) else names or []):
         with contextlib.suppress(InputError):  # as the list in an object, which the own format is not
-            next(read_rows(DataFile(data, own=True), "question"), None)
+            next(read_rows(DataFile(data), "question"), None)
             return None
     return rows
 
