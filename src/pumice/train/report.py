@@ -87,7 +87,8 @@ class TrainingReport:
         self._write(event)
         if not can_redraw():  # a bar says itself what is left
             elapsed = time.monotonic() - self._started
-            note += f"  {(self.steps - step) * elapsed / (step - self._first_step) / 60:.0f} min left"
+            minutes = (self.steps - step) * elapsed / (step - self._first_step) / 60
+            note += f"  {f'{minutes:.0f}' if minutes >= 1 else '< 1'} min left"
         if self.enabled:
             self._bar.show(step, self.steps, "steps", note)
 
