@@ -69,7 +69,7 @@ class Video:
         if isinstance(self.source, bytes):
             return f"video of {len(self.source)} bytes"
         if isinstance(self.source, Frames):
-            return f"video of {len(self.source.images)} frames"
+            return f"video of {counted(len(self.source.images), 'frame')}"
         return str(self.source)
 
 

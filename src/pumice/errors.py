@@ -140,9 +140,15 @@ def some(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def counted(number: int, noun: str) -> str:
-    """Return "1 picture" or "2 pictures"."""
-    return f"{number} {noun}" + "s" * (number != 1)
+def counted(number: int, noun: str, verb: str = "") -> str:
+    """Return "1 picture" or "2 pictures"; with the verb "are", "1 picture is" or "2 pictures are"."""
+    if number == 1:
+        verb = {"are": "is", "have": "has", "do": "does"}.get(verb, verb and f"{verb}s")
+    elif noun.endswith(("s", "x")):
+        noun += "es"
+    else:
+        noun = f"{noun[:-1]}ies" if noun.endswith("ly") else f"{noun}s"
+    return f"{number} {noun} {verb}".rstrip()
 
 
 def install(extra: str) -> str:

@@ -186,7 +186,7 @@ def test_data_convert(run: Any, refused: Any, folder: Path) -> None:
     (folder / "table.csv").write_text("photo,ask,reply\ncat.png,What?,A dog.\n")
     columns = ["--columns", "image=photo", "--columns", "question=ask", "--columns", "answer=reply"]
     result = run("data", "convert", "table.csv", "out", *columns, model=False)
-    assert (result.exit_code, result.stdout) == (0, "out: 1 rows written, 0 rows left out\n"), result.output
+    assert (result.exit_code, result.stdout) == (0, "out: 1 row written, 0 rows left out\n"), result.output
     written = json.loads((folder / "out" / "rows.jsonl").read_text())
     assert written["image"] == "images/cat.png" and (folder / "out" / "images" / "cat.png").is_file()
     result = run("data", "check", "out/rows.jsonl", "--images", "out", model=False)
@@ -204,7 +204,7 @@ def test_a_fixed_copy_of_another_form_is_llavas(run: Any, folder: Path) -> None:
     )
     result = run("data", "check", "rows.jsonl", "--fix", "fixed.json", model=False)
     assert result.exit_code == 0 and "<image> added: 1 picture without <image>" in result.stdout
-    assert "1 rows given <image>" in result.stdout
+    assert "1 row given <image>" in result.stdout
     [row] = json.loads((folder / "fixed.json").read_text())
     assert row == {
         "id": "a", "image": "cat.png",

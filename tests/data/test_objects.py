@@ -219,7 +219,7 @@ def test_a_changed_box_is_another_digest(folder: Path) -> None:
 
 def test_boxes_without_names_need_words(folder: Path) -> None:
     row = {"id": "a", "image": "a.png", "objects": {"ref": ["dog"], "bbox": [[1, 2, 3, 4], [1, 2, 3, 4]]}}
-    with pytest.raises(InputError, match=re.escape("'objects' has 1 names in 'ref' and 2 boxes in 'bbox'")):
+    with pytest.raises(InputError, match=re.escape("'objects' has 1 name in 'ref' and 2 boxes in 'bbox'")):
         read(folder, row)[0]
 
 

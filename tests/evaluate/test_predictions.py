@@ -106,9 +106,9 @@ def test_all_that_does_not_fit_is_counted(tmp_path: Path) -> None:
         check(matched, predictions, allow_missing=False, limited=False)
     parts = (
         "2 of 3 questions have no answer (first: a/2)",
-        "1 answers are to unknown questions (first: z)",
-        "1 answers are to a question answered before",
-        "1 lines are cut off",
+        "1 answer is to unknown questions (first: z)",
+        "1 answer is to a question answered before",
+        "1 line is cut off",
         "--allow-missing",
     )
     for part in parts:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 from pumice.evaluate.files import write_json
 from pumice.evaluate.published import drift
 from pumice.evaluate.result import format_result, make_result, read_answers, read_questions, read_result
@@ -112,3 +112,13 @@ def test_a_file_that_is_no_result(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("[" * 100_000)
     with pytest.raises(InputError, match=r"x\.json' cannot be read \(.*write it with --json"):
         read_result(tmp_path / "x.json")
+
+
+def test_one_of_a_thing_is_counted_as_one() -> None:
+    """Noun and verb agree with the number, and 0 is plural."""
+    nouns = [("row", ""), ("process", "wait"), ("reply", "do"), ("picture", "are"), ("box", "have")]
+    one = ["1 row", "1 process waits", "1 reply does", "1 picture is", "1 box has"]
+    two = ["2 rows", "2 processes wait", "2 replies do", "2 pictures are", "2 boxes have"]
+    assert [counted(1, *pair) for pair in nouns] == one
+    assert [counted(2, *pair) for pair in nouns] == two
+    assert counted(0, "row") == "0 rows"

@@ -87,7 +87,7 @@ def test_pictures_that_cannot_be_read_are_skipped_within_the_budget(
     path = tmp_path / "torn.jsonl"
     path.write_text((rows / "rows.jsonl").read_text() + json.dumps(row) + "\n")
     changes = {"data": [{"rows": str(path)}], "pictures": [str(rows), str(tmp_path)], "epochs": 1}
-    with pytest.raises(InputError, match=r"1 bad rows, max_bad_rows allows 0.*torn\.png"):
+    with pytest.raises(InputError, match=r"1 bad row, max_bad_rows allows 0.*torn\.png"):
         run(make_recipe("strict", **changes))
     folder = run(make_recipe("lenient", max_bad_rows=1, **changes))
     assert open_model(folder).provenance["stages"][-1]["skipped_rows"] == 1
@@ -191,5 +191,5 @@ def test_a_box_outside_its_picture_is_a_bad_row(make_recipe: MakeRecipe, rows: P
     path = tmp_path / "out.jsonl"
     path.write_text(json.dumps(row))
     recipe = load_recipe(make_recipe(data=[{"rows": str(path)}], epochs=1))
-    with pytest.raises(InputError, match=r"1 bad rows, max_bad_rows allows 0.*reaches out of its picture of"):
+    with pytest.raises(InputError, match=r"1 bad row, max_bad_rows allows 0.*reaches out of its picture of"):
         Batches(recipe, prepare(recipe).processor)[0]

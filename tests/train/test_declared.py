@@ -20,7 +20,7 @@ from pumice.config import (
     ModelConfig,
     VisionConfig,
 )
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 from pumice.files import sha256
 from pumice.formats.export import export
 from pumice.formats.pumice.folder import save
@@ -223,7 +223,7 @@ def test_another_number_of_threads_is_told(
     finally:
         torch.set_num_threads(before)
     told = capsys.readouterr().err
-    assert f"This run had {before} threads and has {before + 1} now" in told
+    assert f"This run had {counted(before, 'thread')} and has {before + 1} now" in told
     assert f"OMP_NUM_THREADS={before} continues it bit for bit" in told
     run(make_recipe(max_steps=6))  # nothing is left to compute
     told = capsys.readouterr().err

@@ -263,7 +263,7 @@ def test_spoiled_rows_are_counted_and_refused_beyond_the_budget(
     }
     bad_rows.write_text(good + json.dumps(bad) + "\n")
     data = [{"rows": str(bad_rows)}]
-    with pytest.raises(InputError, match=r"1 bad rows, max_bad_rows allows 0.*gone\.png"):
+    with pytest.raises(InputError, match=r"1 bad row, max_bad_rows allows 0.*gone\.png"):
         run(make_recipe("strict", data=data, max_steps=4))
     folder = run(make_recipe("lenient", data=data, max_bad_rows=1, epochs=1))
     assert open_model(folder).provenance["stages"][-1]["skipped_rows"] == 1

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,7 @@ from typer import Argument, Option
 from pumice.cli import options
 from pumice.cli.data_show import print_row
 from pumice.cli.source import SourceOptions
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 from pumice.jsonl import print_json
 from pumice.progress import ProgressBar
 
@@ -136,7 +137,7 @@ def check(
     else:
         _print_report(report)
         if fixed is not None:
-            print(f"{fixed}: " + ", ".join(f"{count} {name}" for name, count in values["fixed"].items()))
+            print(f"{fixed}: " + tally(values["fixed"]))
         if processor is not None and sample:
             for opened in rows:
                 _print_sample(opened, finder, processor)
@@ -154,7 +155,10 @@ def _print_report(report: DataReport) -> None:
         if len(same) > 1:
             numbers = ", ".join(str(other.row) for other in same[:FOLDED])
             more = ", ..." if len(same) > FOLDED else ""
-            print(f"{source}{len(same)} rows ({numbers}{more}): {problem.kind}, the first: {problem.reason}")
+            print(
+                f"{source}{counted(len(same), 'row')} ({numbers}{more}): {problem.kind}, the first: "
+                f"{problem.reason}"
+            )
             continue
         # A malformed row has no id, and its reason names the row.
         prefix = f"{source}row {problem.row} ({problem.id}): " if problem.id else ""
@@ -193,3 +197,9 @@ def _print_sample(rows: Rows, finder: ImageFinder, processor: Processor) -> None
         title = f"{rows.source}, row {index + 1} ({row.id})"
         print_row(title, sample.input_ids.tolist(), sample.labels.tolist(), processor.tokenizer)
         return
+
+
+def tally(counts: Mapping[str, int]) -> str:
+    """Return counts as text: {"rows written": 1} as "1 row written"."""
+    singular = {name: name.replace("rows ", "row ").replace("ids ", "id ") for name in counts}
+    return ", ".join(f"{n} {singular[name] if n == 1 else name}" for name, n in counts.items())

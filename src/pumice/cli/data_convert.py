@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from pumice.cli import options
+from pumice.cli.data_check import tally
 from pumice.cli.source import Source, SourceOptions
 from pumice.progress import ProgressBar
 
@@ -40,4 +41,4 @@ def convert(
             max_bad_rows=max_bad_rows,
             progress=lambda done: bar.show(done, len(rows), "rows"),
         )
-    print(f"{out}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    print(f"{out}: " + tally(counts))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from pumice.cli import options
-from pumice.errors import InputError, check_known
+from pumice.errors import InputError, check_known, counted
 from pumice.files import replacing
 from pumice.jsonl import print_json
 from pumice.progress import LOG_SECONDS, ProgressBar
@@ -131,7 +131,11 @@ def evaluate(
     asked = result.read_questions(benchmark, data, limit, keep_images=model is not None)
     if model is not None:
         if missing := check_images(asked.questions, allow_missing=allow_missing):
-            print(f"pumice: {missing} pictures are missing; their questions stay unanswered", file=sys.stderr)
+            print(
+                f"pumice: {counted(missing, 'picture', 'are')} missing; what asks about them stays "
+                "unanswered",
+                file=sys.stderr,
+            )
         answerer = _answerer(model, model_name, device, slots or SLOTS)
         with ProgressBar(log_seconds=LOG_SECONDS) as bar:
             scores_here = run(

@@ -13,7 +13,7 @@ import typer
 from typer import Argument, Option
 
 from pumice.cli.options import expand, given
-from pumice.errors import InputError, WorkError, install
+from pumice.errors import InputError, WorkError, counted, install
 from pumice.files import replacing
 from pumice.jsonl import print_json
 from pumice.progress import ProgressBar
@@ -82,7 +82,7 @@ def generate(
     # 3. Ask the teacher what the journal lacks, then check all replies and write rows and report.
     with lock:
         estimate = runs.estimate(job, teacher, journal, endpoint)
-        print(f"{len(contexts)} pictures: {estimate.sentence()}", file=sys.stderr, flush=True)
+        print(f"{counted(len(contexts), 'picture')}: {estimate.sentence()}", file=sys.stderr, flush=True)
         if estimate_only:
             if as_json:
                 print_json(vars(estimate))
@@ -120,7 +120,7 @@ def _call(job: Job, teacher: Teacher, journal: Journal, missing: int) -> str:
 
         def progress(message: dict[str, Any]) -> None:
             calls[bool(message["answered"])] += 1
-            text = f"{calls[False]} calls failed, {sum(message['spent']):,} tokens"
+            text = f"{counted(calls[False], 'call')} failed, {sum(message['spent']):,} tokens"
             bar.show(calls[True], missing, "answered", text)
 
         return call(job, teacher, journal, progress)
@@ -184,7 +184,7 @@ def mix(
             reference = source["reference"]
             comparison = "" if reference is None else f" (LLaVA-1.5 has {reference['rows']:,})"
             print(f"{source['name']}: {source['rows']:,} rows of {source['available']:,}{comparison}")
-        print(f"{manifest['rows']:,} rows in {out}")
+        print(f"{manifest['rows']:,} row{'s' * (manifest['rows'] != 1)} in {out}")
     for source in manifest["sources"]:
         if source["reference"] and (difference := source["reference"]["sentence"]):
             raise WorkError(difference)

@@ -19,7 +19,7 @@ from pumice.data.pictures import Image
 from pumice.data.rows import ImageFinder, Row, Rows, to_llava
 from pumice.data.sources.columns import arrow
 from pumice.data.sources.tars import VIDEO_ENDINGS
-from pumice.errors import InputError, check_known
+from pumice.errors import InputError, check_known, counted
 from pumice.files import replacing
 from pumice.images import is_video, read_image
 from pumice.jsonl import parse_json
@@ -58,7 +58,7 @@ def convert(
     if (count := int(bad.sum())) > max_bad_rows:
         first = int(bad.argmax())
         raise InputError(
-            f"{count} rows cannot be used, {max_bad_rows} may be left out; "
+            f"{counted(count, 'row')} cannot be used, {max_bad_rows} may be left out; "
             f"the first: {_why(rows, first, finder)}"
         )
     manifest = {"rows": len(rows), "digest": rows.contents.digest, "to": form, "rows_per_file": rows_per_file}

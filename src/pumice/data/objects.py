@@ -12,7 +12,7 @@ from typing import Any
 from pumice.boxes import BoxError
 from pumice.conversation import BOX_PLACEHOLDER, BOX_UNITS, REF_PLACEHOLDER, Objects
 from pumice.data.sources.json_text import kind
-from pumice.errors import InputError, shorten
+from pumice.errors import InputError, counted, shorten
 
 KEYS = {"ref", "bbox", "bbox_type", "image_id"}
 LIST = "List the objects in this picture, each with its box."
@@ -62,7 +62,8 @@ def ask_for(
     refs, boxes = _list(value, "ref"), _list(value, "bbox")
     if len(refs) != len(boxes) or not refs:
         raise InputError(
-            f"'objects' has {len(refs)} names in 'ref' and {len(boxes)} boxes in 'bbox'; without words each "
+            f"'objects' has {counted(len(refs), 'name')} in 'ref' and {counted(len(boxes), 'box')} in "
+            "'bbox'; without words each "
             "box needs its name"
         )
     lines = [REF_PLACEHOLDER if box is None else f"{REF_PLACEHOLDER} {BOX_PLACEHOLDER}" for box in boxes]

@@ -11,7 +11,7 @@ from collections import deque
 
 from pumice.engine.cache import Match, PrefixCache, common_prefix
 from pumice.engine.requests import Request
-from pumice.errors import WorkError
+from pumice.errors import WorkError, counted
 
 SLOT_GROWTH = 128  # tokens that an answer's slot grows by when it is full
 SCORED = 64  # tokens of a prompt whose log-probabilities one step computes: each takes the whole vocabulary
@@ -61,7 +61,7 @@ class Scheduler:
                 raise WorkError(
                     "no memory is left for the KV cache; close other programs or ask for a shorter answer"
                 )
-            raise RuntimeError(f"{len(self.waiting)} requests wait, and none of them can be started")
+            raise RuntimeError(f"{counted(len(self.waiting), 'request', 'wait')}, and none can be started")
         return plan
 
     def remove(self, request: Request) -> None:

@@ -32,7 +32,8 @@ def compare(
     ids = [question.id for question, _ in first]
     if ids != [question.id for question, _ in second]:
         raise InputError(
-            f"{files[0]} answers {len(first)} questions and {files[1]} {len(second)}, not the same ones; "
+            f"{files[0]} answers {counted(len(first), 'question')} and {files[1]} {len(second)}, not the "
+            "same ones; "
             "compare answers to the same questions"
         )
     scores = task.score(first), task.score(second)
@@ -103,7 +104,7 @@ def format_comparison(comparison: Mapping[str, Any]) -> str:
     lines = [
         f"{comparison['title']}: {verdict(comparison)}",
         f"  {comparison['headline']} {comparison['values'][0]:.2f} ({a}), "
-        f"{comparison['values'][1]:.2f} ({b}), of {comparison['questions']} questions",
+        f"{comparison['values'][1]:.2f} ({b}), of {counted(comparison['questions'], 'question')}",
     ]
     if comparison["interval"]:
         low, high = comparison["interval"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pumice.conversation import Video
-from pumice.errors import CAUSE, InputError, shorten, wrong_input
+from pumice.errors import CAUSE, InputError, counted, shorten, wrong_input
 from pumice.evaluate.archives import members, read_bounded, read_member, read_table
 from pumice.files import replacing
 from pumice.jsonl import parse_json, wrong_json
@@ -289,7 +289,8 @@ def read_tsv(file: DataFile, texts: Collection[str] = ()) -> Iterator[dict[str, 
                 continue
             if len(row) != len(header):
                 raise InputError(
-                    f"'{file}', row {number}: {len(row)} columns where the header has {len(header)}; "
+                    f"'{file}', row {number}: {counted(len(row), 'column')} where the header has "
+                    f"{len(header)}; "
                     + (file.remedy if file.example else "the file is cut off or damaged, fetch it again")
                 )
             yield {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pumice.chat_client import ChatEndpoint, ask_in_order
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 from pumice.evaluate.files import DataFile, read_json, read_lines
 from pumice.evaluate.task import Task
 from pumice.jsonl import ResumableFile, is_cut_off, parse_json
@@ -61,7 +61,8 @@ class Judge:
             read_json(DataFile(path))  # says where it is damaged
         if broken:
             raise InputError(
-                f"'{path}': {len(broken)} lines are cut off or not JSON, the first is line {broken[0]}; "
+                f"'{path}': {counted(len(broken), 'line', 'are')} cut off or not JSON, the first is line "
+                f"{broken[0]}; "
                 "remove them, they will be asked again"
             )
         # 3. A row of ours has "reply", one of LLaVA's "content".
@@ -151,7 +152,10 @@ class JudgedTask(Task):
         unparsed = grades.count(None)
         notes = ["judges differ: compare only results of one judge and one prompt version"]
         if unparsed:
-            notes.append(f"{unparsed} replies of the judge do not parse and are in no mean")
+            notes.append(
+                f"{counted(unparsed, 'reply', 'do')} not parse, and no mean counts "
+                f"{'it' if unparsed == 1 else 'them'}"
+            )
         summary = {
             "models": sorted({reply.judge for reply in replies}),
             "prompt_versions": sorted({reply.version or "another program's" for reply in replies}),

@@ -26,7 +26,7 @@ from pumice.chat_client import ChatEndpoint, ask_in_order, with_images, with_mod
 from pumice.config import IMAGE_TOKEN
 from pumice.conversation import Conversation, ImagePart, question_message
 from pumice.engine.generate import generate
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 from pumice.evaluate.llama_cpp import PURPOSE, LlamaCpp
 from pumice.formats.gguf.library import mtmd_library
 from pumice.images import open_image
@@ -269,13 +269,13 @@ def _pieces(trace: Trace) -> list[list[int] | Tensor]:
 def _tokenizer(first: Sequence[int], second: Sequence[int]) -> CheckStage:
     texts = [[number for number in ids if number != IMAGE_TOKEN] for ids in (first, second)]
     if texts[0] == texts[1]:
-        return CheckStage("tokenizer", True, f"{len(texts[0])} equal ids")
+        return CheckStage("tokenizer", True, f"{counted(len(texts[0]), 'equal id')}")
     place = next(
         (n for n, pair in enumerate(zip(*texts, strict=False)) if pair[0] != pair[1]), min(map(len, texts))
     )
     shown = " and ".join(str(ids[place] if place < len(ids) else "nothing") for ids in texts)
     return CheckStage(
-        "tokenizer", False, f"{len(texts[0])} and {len(texts[1])} ids; number {place} is {shown}"
+        "tokenizer", False, f"{len(texts[0])} and {counted(len(texts[1]), 'id')}; number {place} is {shown}"
     )
 
 
@@ -331,4 +331,4 @@ def _lengths(first: Trace, second: Trace) -> CheckStage:
     if not second.length:
         return CheckStage("prompt", None, "the server does not say how many tokens the prompt has")
     same = first.length == second.length
-    return CheckStage("prompt", same, f"{first.length} and {second.length} tokens")
+    return CheckStage("prompt", same, f"{first.length} and {counted(second.length, 'token')}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 from pumice.evaluate.files import DataFile, read_json, read_lines
 from pumice.evaluate.task import Answered, Question
 
@@ -187,9 +187,12 @@ def check(
     unknown = [] if limited else matched.unknown
     checks: list[tuple[str, Sequence[Any]]] = [
         (f"{len(matched.missing)} of {total} questions have no answer", matched.missing),
-        (f"{len(unknown)} answers are to unknown questions", unknown),
-        (f"{len(matched.duplicates)} answers are to a question answered before", matched.duplicates),
-        (f"{len(predictions.broken)} lines are cut off or not JSON", predictions.broken),
+        (f"{counted(len(unknown), 'answer', 'are')} to unknown questions", unknown),
+        (
+            f"{counted(len(matched.duplicates), 'answer', 'are')} to a question answered before",
+            matched.duplicates,
+        ),
+        (f"{counted(len(predictions.broken), 'line', 'are')} cut off or not JSON", predictions.broken),
     ]
     problems = [f"{text} (first: {items[0]})" for text, items in checks if items]
     if problems and not allow_missing:

@@ -155,7 +155,7 @@ def make_result(
     same = questions.total in questions.known_sizes if questions.known_sizes else None
     if same is False:
         notes.append(
-            f"the files hold {questions.total} questions; {task.source.version} has "
+            f"the files hold {counted(questions.total, 'question')}; {task.source.version} has "
             f"{' or '.join(map(str, questions.known_sizes))}: another version, "
             "not comparable with published numbers"
         )
@@ -261,7 +261,9 @@ def format_result(result: Mapping[str, Any]) -> str:
         shown = dict(islice(cells.items(), ROWS))
         width = max(map(len, shown), default=0)
         for name, cell in shown.items():
-            lines.append(f"    {name:<{width}} {cell['value']:10.2f}  {cell['questions']} questions")
+            lines.append(
+                f"    {name:<{width}} {cell['value']:10.2f}  {counted(cell['questions'], 'question')}"
+            )
         if len(cells) > ROWS:
             lines.append(f"    ... {len(cells) - ROWS} more with --json")
     for model, number in result["published"].items():

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pumice.boxes import FORMS, BoxMap, box_map
 from pumice.config import ModelConfig
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 from pumice.evaluate.files import DataFile, ImageFile, locate, read_rows
 from pumice.geometry import Size
 from pumice.storage.yaml_file import read_yaml
@@ -225,8 +225,8 @@ def options_note(answered: Sequence[Answered]) -> list[str]:
     if not count:
         return []
     return [
-        f'{count} questions have an option such as "None", which is shown here; scripts that read the '
-        "table with pandas hide it, so their numbers differ"
+        f'{counted(count, "question", "have")} an option such as "None", which is shown here; scripts '
+        "that read the table with pandas hide it, so their numbers differ"
     ]
 
 
@@ -234,7 +234,12 @@ def add_unread(score: Score, count: int, outcome: str) -> None:
     """Add how many answers no rule reads, as a metric and in a note. outcome: "count as wrong", say."""
     score.metrics["unread"] = score.metrics.get("unread", 0.0) + count
     if count:
-        score.notes.append(f"{count} answers {outcome}")
+        score.notes.append(_unread_note(count, outcome))
+
+
+def _unread_note(count: int, outcome: str) -> str:
+    verb, _, rest = outcome.partition(" ")
+    return f"{counted(count, 'answer', verb)} {rest.replace('count as', 'counts as') if count == 1 else rest}"
 
 
 def mean_percent(values: Sequence[float]) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pumice import __version__
-from pumice.errors import InputError, check_known
+from pumice.errors import InputError, check_known, counted
 from pumice.formats.load import new_parts, shapes
 from pumice.formats.pumice.folder import CONFIG, check, save
 from pumice.formats.pumice.quantized import as_bytes, rounded
@@ -45,8 +45,8 @@ class Imported:
             "parameters": sum(tensor.size // tensor.dtype.itemsize for tensor in state.values()),
             "bytes": sum(tensor.size for tensor in (state | as_bytes(state)).values()),
             "types": sorted({t.blocks.kind.name if t.blocks else FLOATS[t.dtype] for t in state.values()}),
-            "decoder": f"{decoder.depth} blocks of width {decoder.width}, {decoder.vocab_size} tokens, "
-            f"context {decoder.context}",
+            "decoder": f"{counted(decoder.depth, 'block')} of width {decoder.width}, {decoder.vocab_size} "
+            f"tokens, context {decoder.context}",
             "tower": f"{vision.kind}, {vision.image_size} pixels, layer {vision.layer}" if sees else None,
             "connector": config.connector.kind if sees else None,
             "pictures": f"{image.mode}, {config.image_tokens} tokens a square" if sees else None,

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pumice.errors import shorten
+from pumice.errors import counted, shorten
 from pumice.serve.errors import ApiError, busy, invalid, is_stopping
 from pumice.serve.observe import request_record
 from pumice.serve.openapi import OPERATIONS
@@ -190,7 +190,7 @@ class Guard:
                 code="unsupported_media_type",
             )
         if self.gate.full:
-            waiting = f"{self.gate.in_flight} requests are being answered or waiting already"
+            waiting = f"{counted(self.gate.in_flight, 'request', 'are')} being answered or waiting already"
             raise busy(waiting, self.gate.retry_after)
         try:
             length = int(headers.get("content-length", "0"))

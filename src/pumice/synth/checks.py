@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 from pumice.synth.context import Context
 from pumice.synth.kinds.base import Draft, Kind, Unparsed, says_no
 from pumice.synth.objects import Vocabulary
@@ -98,7 +98,7 @@ def _turns(draft: Draft, _: CheckSettings) -> str | None:
     min_turns, max_turns = draft.kind.turns
     if min_turns <= len(draft.turns) <= max_turns:
         return None
-    return f"{len(draft.turns)} turns, {min_turns} to {max_turns} are asked for"
+    return f"{counted(len(draft.turns), 'turn')}, {min_turns} to {max_turns} are asked for"
 
 
 def _first_match(pattern: re.Pattern[str], draft: Draft, _: CheckSettings) -> str | None:
@@ -114,9 +114,8 @@ def _length(draft: Draft, _: CheckSettings) -> str | None:
     for turn in draft.turns:
         words, asked = len(turn.answer.split()), len(turn.question.split())
         if not min_words <= words <= max_words:
-            return (
-                f"an answer of {words} words, {min_words} to {max_words} are asked for: {turn.answer[:80]!r}"
-            )
+            length = f"an answer of {counted(words, 'word')}"
+            return f"{length}, {min_words} to {max_words} are asked for: {turn.answer[:80]!r}"
         if not 1 <= asked <= LONGEST_QUESTION:
             return f"a question of {asked} words, at most {LONGEST_QUESTION} are allowed"
     return None

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from pumice.data.rows import ImageFinder
-from pumice.errors import CAUSE, InputError, wrong_input
+from pumice.errors import CAUSE, InputError, counted, wrong_input
 from pumice.files import Lock, hold, replacing
 from pumice.images import image_key
 from pumice.jsonl import json_text
@@ -102,7 +102,7 @@ class Estimate:
     most_money: float | None
 
     def sentence(self) -> str:
-        text = f"{self.requests} requests, {self.answered} of them answered already"
+        text = f"{counted(self.requests, 'request')}, {self.answered} of them answered already"
         if not any(self.most):
             return text
         price = ""

@@ -24,7 +24,7 @@ from pumice.data.mixture import Groups, Mixture
 from pumice.data.packing import Pack, Tree, fitting_trees, pack, pack_evenly
 from pumice.data.rows import ImageFinder, Rows
 from pumice.data.sources.recognise import Part
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 from pumice.processor import Processor, Sample
 from pumice.train.recipe import Recipe, RowSource
 
@@ -56,7 +56,8 @@ class Skipped:
         self.reasons[row] = str(error)
         if len(self.reasons) > self.allowed:
             raise InputError(
-                f"{len(self.reasons)} bad rows, max_bad_rows allows {self.allowed}; the last: {error}"
+                f"{counted(len(self.reasons), 'bad row')}, max_bad_rows allows {self.allowed}; the last: "
+                f"{error}"
             ) from error
 
 
@@ -108,7 +109,7 @@ class Batches:
         bad_rows = [problem for problem in report.problems if problem.kind not in NOTES]
         if (count := report.rows - report.usable) > self.recipe.max_bad_rows:
             raise InputError(
-                f"{count} bad rows, max_bad_rows allows {self.recipe.max_bad_rows}; "
+                f"{counted(count, 'bad row')}, max_bad_rows allows {self.recipe.max_bad_rows}; "
                 f"the first: {bad_rows[0].source}, row {bad_rows[0].row}: {bad_rows[0].reason}"
             )
 
@@ -130,7 +131,8 @@ class Batches:
             except InputError as error:
                 reason = str(error)
         raise InputError(
-            f"none of {len(picked)} rows tried can be learned from; the last: {reason}; see pumice data check"
+            f"none of {counted(len(picked), 'row')} tried can be learned from; the last: {reason}; see "
+            "pumice data check"
         )
 
     @cached_property

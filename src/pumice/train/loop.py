@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from pumice.data.packing import Pack, Tree
-from pumice.errors import CAUSE, InputError, WorkError, wrong_input
+from pumice.errors import CAUSE, InputError, WorkError, counted, wrong_input
 from pumice.files import hold
 from pumice.formats.load import find_device
 from pumice.formats.pumice.folder import CONFIG
@@ -264,7 +264,8 @@ class Trainer:
         dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         lines = self.setup.describe(self.batches.steps)
         if added := self.batches.added:
-            lines.append(f"  {added} rows name pictures without <image>; it stands before the first question")
+            naming = counted(added, "row", "name")
+            lines.append(f"  {naming} pictures without <image>; it stands before the first question")
         if self.world.size > 1:
             kinds = {"ddp": "a copy of the model each (DDP)", "fsdp": "the model in shards (FSDP)"}
             lines.append(f"  {self.world.size} processes, {kinds[self.world.kind]}")
@@ -429,8 +430,8 @@ class Trainer:
         stored = int(checkpoint.rng.get("threads", threads))
         if self.world.main and self.device.type == "cpu" and stored != threads:
             print(
-                f"This run had {stored} threads and has {threads} now: sums round in another order, so its "
-                "weights may differ in the last digits. "
+                f"This run had {counted(stored, 'thread')} and has {threads} now: sums round in another "
+                "order, so its weights may differ in the last digits. "
                 f"OMP_NUM_THREADS={stored} continues it bit for bit.",
                 file=sys.stderr,
             )

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 from pumice.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ class World:
             here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)), torch.cuda.device_count()
             if here > gpus:
                 raise InputError(
-                    f"{recipe.name}: {here} processes on this machine and {gpus} GPUs; start torchrun with "
+                    f"{recipe.name}: {counted(here, 'process')} on this machine and "
+                    f"{counted(gpus, 'GPU')}; start torchrun with "
                     f"--nproc-per-node {gpus}"
                 )
             torch.cuda.set_device(local)

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from pumice.config import LoraConfig
-from pumice.errors import InputError, WorkError
+from pumice.errors import InputError, WorkError, counted
 from pumice.formats.load import build, find_device
 from pumice.formats.pumice import folder
 from pumice.formats.read import read_model
@@ -74,7 +74,10 @@ class Setup:
             if isinstance(module, QuantizedLinear):
                 sizes["decoder"] += module.in_features * module.out_features
         learn = self.recipe.stage.learn
-        lines = [f"{self.recipe.name}: {steps} steps of {self.recipe.batch} pictures on {self.device}"]
+        lines = [
+            f"{self.recipe.name}: {counted(steps, 'step')} of {counted(self.recipe.batch, 'picture')} on "
+            f"{self.device}"
+        ]
         for part, size in sizes.items():
             status = f"learns at {learn[part]:g}" if part in learn else "frozen"
             lines.append(f"  {part:<10} {size / 1e6:8.2f} M parameters  {status}")

@@ -81,11 +81,11 @@ def test_a_judge_is_needed_and_so_are_all_replies(bench: Any, scored: Any, tmp_p
     with pytest.raises(InputError, match=r"no reply to 2 of 3 answers \(first: 1\)"):
         scored("llava-bench", {n: "A cat." for n in range(3)}, task=task)
     reviews.write_text('{"question_id": 0, "content": "8 6"}\n{"quest\n')
-    with pytest.raises(InputError, match="1 lines are cut off"):
+    with pytest.raises(InputError, match="1 line is cut off"):
         Judge(reviews)
     # A last line that no crash can have cut off is somebody's, and stays.
     reviews.write_text('{"question_id": 0, "content": "8 6"}\nmy notes')
-    with pytest.raises(InputError, match="1 lines are cut off"):
+    with pytest.raises(InputError, match="1 line is cut off"):
         Judge(reviews, ChatEndpoint("http://127.0.0.1:9/v1", "judge"))
     assert reviews.read_text().endswith("my notes")
 

@@ -249,7 +249,7 @@ def test_an_option_that_looks_like_no_value_is_shown(
     assert asked(task)["1"].prompt == expected
     result = scored(task, {"1": "A"})
     assert result["metrics"]["accuracy"] == 100
-    assert any('1 questions have an option such as "None"' in note for note in result["notes"])
+    assert any('1 question has an option such as "None"' in note for note in result["notes"])
 
 
 def test_every_option_that_stands_in_a_table_is_one(data: Any, scored: Any, asked: Any) -> None:
@@ -272,11 +272,11 @@ def test_answers_that_no_rule_reads_are_counted(data: Any, scored: Any) -> None:
     data.text("MMStar.tsv", "\n".join("\t".join(line) for line in (header, *rows)) + "\n")
     result = scored("mmstar", {"1": "A", "2": "It is w"})
     assert result["metrics"]["unread"] == 1
-    assert "1 answers begin with no option's letter and count as wrong" in result["notes"]
+    assert "1 answer begins with no option's letter and counts as wrong" in result["notes"]
     choices = {f"choice_{letter}": letter for letter in "abcd"}
     row = {"question": "?", **choices, "answer": "A", "data_type": "image", "data_id": "p"}
     seed = [{"question_id": number, **row} for number in (1, 2)]
     data.json("SEED-Bench.json", {"questions": seed})
     result = scored("seed", {"1": "A", "2": "A."})
     assert (result["metrics"]["accuracy"], result["metrics"]["unread"]) == (50, 1)
-    assert "1 answers are no letter alone and count as wrong, as in the original" in result["notes"]
+    assert "1 answer is no letter alone and counts as wrong, as in the original" in result["notes"]

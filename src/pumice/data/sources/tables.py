@@ -16,7 +16,7 @@ from pumice.data.arrays import kept
 from pumice.data.sources.folders import PICTURES
 from pumice.data.sources.json_text import BOM
 from pumice.data.sources.source import OpenFiles, Record, Source, reading
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 
 _DELIMITERS = "\t,;|"
 _LONGEST_NAME = 64  # characters of a column's name
@@ -77,7 +77,8 @@ class Table(Source):
         cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=self.delimiter, strict=True))
         if len(cells) != len(self.columns):
             raise InputError(
-                f"{self.place(index)}: {len(cells)} columns where the header has {len(self.columns)}; put "
+                f"{self.place(index)}: {counted(len(cells), 'column')} where the header has "
+                f"{len(self.columns)}; put "
                 "quotes around text that holds the delimiter"
             )
         return {name: cell or None for name, cell in zip(self.columns, cells, strict=True) if name}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 from pumice.evaluate.files import ImageFolders
 from pumice.evaluate.task import SHORT, Answered, CategoryScore, Floats, Question, Score, Task
 from pumice.files import replacing
@@ -112,7 +112,9 @@ class MME(Task):
         for name in present:
             metrics[f"accuracy_{name}"], metrics[f"accuracy_plus_{name}"] = accuracies(name, ones)
         incomplete = sum(len(numbers) != 2 for numbers in members.values())
-        notes = [f"{incomplete} pictures do not have two questions answered"] if incomplete else []
+        notes = (
+            [f"{counted(incomplete, 'picture', 'do')} not have two questions answered"] if incomplete else []
+        )
         if absent := [name for name in PERCEPTION if name not in present]:
             notes.append(f"without {', '.join(absent)}: their points are missing from the sum")
         return Score(

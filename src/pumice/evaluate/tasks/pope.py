@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 from pumice.evaluate.files import DataFile, ImageFolders, read_rows, search
 from pumice.evaluate.metrics.presence import is_unclear, means_yes, presence_score
 from pumice.evaluate.task import SHORT, Answered, CategoryScore, Floats, Question, Score, Task
@@ -84,7 +84,10 @@ class Pope(Task):
         if not predicted.any():
             notes.append("every answer says no; F1 is 0 where the original divides by zero")
         if unclear := sum(is_unclear(text) for _, text in answered):
-            notes.append(f"{unclear} answers hold neither yes nor no and count as yes, as in the original")
+            notes.append(
+                f"{counted(unclear, 'answer', 'hold')} neither yes nor no, which counts as yes, as in the "
+                "original"
+            )
         return Score(metrics, cells, [float(v) for v in predicted == truth], statistic=f1, notes=notes)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pumice.errors import counted
 from pumice.evaluate.files import ImageFolders, read_json, read_rows, search
 from pumice.evaluate.metrics.vqa import textvqa_accuracy
 from pumice.evaluate.task import SHORT, Answered, Question, Score, Task, mean_score
@@ -62,7 +63,8 @@ class TextVQA(Task):
         notes = ["the headline keeps the slips of M4C's answer processor, as published numbers do"]
         if without_words:
             notes.append(
-                f"{without_words} prompts are without OCR words, since no OCR file is in the folder; LLaVA's "
+                f"{counted(without_words, 'prompt', 'are')} without OCR words, since no OCR file is in the "
+                "folder; LLaVA's "
                 "numbers are with them (this matters only for answers made with these prompts)"
             )
         return mean_score(answered, metrics, notes=notes)
