@@ -294,7 +294,7 @@ def test_batch(run: Any, folder: Path, tiny_folder: Path, monkeypatch: pytest.Mo
     ]
     for number, message in {
         2: "'no.png' does not exist",
-        4: "line 5 is not JSON",
+        4: "line 5 is not JSON (a key in double quotes is missing)",
         10: "2 <image>",
         12: "line 14: the key 'image_path' is not read; did you mean 'image'?",
     }.items():

@@ -16,7 +16,7 @@ from typer import Argument, Option
 from pumice.cli import options, reading
 from pumice.errors import CAUSE, InputError, near, shorten, wrong_input
 from pumice.files import replacing
-from pumice.jsonl import AnswerFile, json_text, parse_json, print_json
+from pumice.jsonl import AnswerFile, json_fault, json_text, parse_json, print_json
 from pumice.progress import LOG_SECONDS, ProgressBar
 
 SLOTS = 8  # of --batch
@@ -268,7 +268,7 @@ def _read_row(line: str, number: int, label: str, folder: Path, frames: int | No
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return _Row(number, error=f"{label} is not JSON ({error})")
+        return _Row(number, error=f"{label} is not JSON ({json_fault(error)})")
     if not isinstance(values, dict):
         return _Row(number, error=f"{label} is not an object with 'id' and 'question'")
     row_id = values.get("id", number)

@@ -200,8 +200,7 @@ def check_line(
         limits = values.get("max_new_tokens"), max_tokens
         file_limit, run_limit = (limit or "the benchmark's own number of" for limit in limits)
         raise InputError(
-            f"'{path}', line {number + 1}: its answers have at most {file_limit} tokens, now "
-            f"{run_limit} "
+            f"'{path}', line {number + 1}: its answers have at most {file_limit} tokens, now {run_limit} "
             "are wanted; name another file, or give the same --max-new-tokens"
         )
 
