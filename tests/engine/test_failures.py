@@ -74,7 +74,7 @@ def test_a_request_that_cannot_be_started_ends_with_a_reason(
         assert ended.wait(60)
     assert (received[0].finish, str(received[0].error)) == (
         "error",
-        "1 requests wait, and none of them can be started",
+        "1 request waits, and none can be started",
     )
     engine.close()
 
