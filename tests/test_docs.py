@@ -392,3 +392,13 @@ def test_every_extra_is_in_the_table() -> None:
     extras = re.findall(r"^([a-z]+) = \[", section, re.MULTILINE)
     table = (ROOT / "docs/setup.md").read_text(encoding="utf-8").partition("| for | NAME |")[2]
     assert sorted(re.findall(r"^\| .*\| `([a-z]+)`", table, re.MULTILINE)) == sorted(extras)
+
+
+def test_the_model_card_has_the_losses_of_the_tower() -> None:
+    folder = ROOT / "src/pumice/models/pumice-tiny"
+    card = " ".join((folder / "README.md").read_text(encoding="utf-8").split())
+    stages = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["stages"]
+    tuned = [stage["tuned_tower"] for stage in stages if "held_out_losses" in stage.get("tuned_tower", {})]
+    assert tuned
+    for values in tuned:
+        assert "held-out loss " + ", ".join(f"{loss:.1f}" for loss in values["held_out_losses"]) in card

@@ -50,13 +50,16 @@ MIRRORED = 0.7  # share of crops
 
 
 def photographs(photos: Path) -> tuple[list[Scene], list[Scene]]:
-    """Those to learn from and those held out. Nobody told which categories Flickr8k's show."""
+    """COCO's and Flickr8k's, to learn from and held out. Raises InputError without COCO's categories."""
+    if not (scenes := coco.read_coco(photos)):
+        raise InputError(f"'{photos}' has no folder coco, whose categories the tower learns; check --photos")
     captions = flickr.raw_captions(photos)
-    parts = zip(coco.split(coco.read_coco(photos)), flickr.split(flickr.read_photos(photos)), strict=True)
-    learnt, held = (
-        [*scenes, *(Scene(photo, None, None, (), (), tuple(captions[photo.image])) for photo in captioned)]
-        for scenes, captioned in parts
-    )
+    learnt, held = coco.split(scenes)
+    for part, captioned in zip((learnt, held), flickr.split(flickr.read_photos(photos)), strict=True):
+        # Nobody told which categories these show.
+        part += [
+            Scene(photo, None, None, (), (), raw_captions=tuple(captions[photo.image])) for photo in captioned
+        ]
     return learnt, held
 
 

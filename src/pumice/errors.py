@@ -144,10 +144,12 @@ def counted(number: int, noun: str, verb: str = "") -> str:
     """Return "1 picture" or "2 pictures"; with the verb "are", "1 picture is" or "2 pictures are"."""
     if number == 1:
         verb = {"are": "is", "have": "has", "do": "does"}.get(verb, verb and f"{verb}s")
-    elif noun.endswith(("s", "x")):
+    elif noun.endswith(("s", "x", "ch", "sh")):
         noun += "es"
+    elif noun.endswith("y") and noun[-2] not in "aeiou":
+        noun = f"{noun[:-1]}ies"
     else:
-        noun = f"{noun[:-1]}ies" if noun.endswith("ly") else f"{noun}s"
+        noun += "s"
     return f"{number} {noun} {verb}".rstrip()
 
 

@@ -284,7 +284,9 @@ def test_batch(run: Any, folder: Path, tiny_folder: Path, monkeypatch: pytest.Mo
     assert (result.exit_code, result.stdout) == (0, "")
     first, *_, last, end = result.stderr.splitlines()  # off a terminal: a line every some seconds
     assert (first, last) == ("1 of 8 answers", "8 of 8 answers")
-    assert end.startswith("pumice: 8 of 13 rows have an error instead of an answer, the first is missing: ")
+    assert end.startswith(
+        "pumice: 8 of 13 rows have an error instead of an answer, the first with the id 'missing': "
+    )
     assert "'no.png' does not exist" in end
     answers = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     ids = ["beside", "here", "missing", 7, 5, 7, "text", "silent", "odd", "empty", "placeholders", 13, "typo"]
@@ -336,6 +338,14 @@ def test_a_batch_may_be_a_json_list(run: Any, folder: Path) -> None:
     )
     assert listed[:2] == lines and {row["id"] for row in lines} == {1, 2}
     assert listed[2] == {"id": 3, "error": "row 3 is not an object with 'id' and 'question'"}
+
+
+def test_a_damaged_list_is_no_batch(run: Any, refused: Any, folder: Path) -> None:
+    """Its lines would be read one by one, and the last, which no comma follows, would be answered."""
+    (folder / "in.json").write_text('[\n{"question": "What?"},\n{"question": "Who?"}\n')
+    message = "the JSON list in 'in.json' is malformed or cut off (line 4, column 1: it ends too early)"
+    refused(run("ask", "--batch", "in.json", "--out", "out.jsonl", *SHORT), message)
+    assert not (folder / "out.jsonl").exists()
 
 
 def test_videos_in_a_batch(run: Any, folder: Path, clip: str, tiny_folder: Path) -> None:

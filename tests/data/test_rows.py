@@ -174,7 +174,7 @@ def test_malformed_rows_are_named(tmp_path: Path, name: str, value: Any, reason:
         ("[", "row 1: the JSON list is malformed or cut off at line 1, column 2 (it ends too early)"),
         (
             '[{"id": "a"}',
-            "row 1: the JSON list is malformed or cut off at line 1, column 13 (its end is missing)",
+            "row 1: the JSON list is malformed or cut off at line 1, column 13 (it ends too early)",
         ),
         ('[{"id": "a"}, ', "row 2: the JSON list is malformed or cut off"),
         ('[{"id": "a"},]', "row 2: the JSON list is malformed or cut off at line 1, column 14 (a value is"),

@@ -100,7 +100,7 @@ def test_wrong_input(folder: Path) -> None:
     refused(run(*pope, "--reference", "GPT"), "no number of 'GPT' is known for pope; use one of LLaVA-1.5-7B")
     refused(run(*pope, "--boxes", "qwen"), "pope has no boxes; leave out --boxes")
     refused(run(*OWN, "one.jsonl", "--with", "other.json"), "--with adds results to a page; add --report")
-    compared = ["--compare", "two.jsonl", "--report", "page.html", "--with", "other.json"]
+    compared = ["--compare", "two.jsonl", "--with", "other.json"]
     refused(run(*OWN, "one.jsonl", *compared), "--with does nothing beside --compare; leave it out")
     compared = ["--compare", "two.jsonl", "--reference", "LLaVA-1.5-7B"]
     refused(run(*pope, *compared), "--reference does nothing beside --compare; leave it out")
@@ -319,8 +319,25 @@ def test_a_model_answers_and_is_scored(folder: Path, tiny_folder: Path) -> None:
         (
             "q.jsonl",
             b'{"question": 5, "answers": "b"}',
+            "row 1: 'question' must be a text, found 5",
+        ),
+        (
+            "q.jsonl",
+            b'{"question": 5, "answers": "A", "choices": ["b"]}',
+            "row 1: 'question' must be a text, found 5",
+        ),
+        (
+            "q.jsonl",
+            b'{"question": "a", "answers": "b", "prompt": 5}',
             "row 1: 5 stands where a text should; a right row is",
         ),
+        ("q.jsonl", b'{"question": "a"}', "row 1: 'answers' is missing; write a text or a list of texts"),
+        (
+            "q.jsonl",
+            b'{"question": "a", "answers": [null]}',
+            "must be a text or a list of texts, found [None]",
+        ),
+        ("q.csv", b"ask me,then\na,b\n", "columns: {question: ask me, answer: then}, or rename them"),
         ("q.tsv", b"", "q.tsv' is empty; a right row is"),
         ("q.jsonl", b"", "q.jsonl' holds no questions; write one row per line, such as {"),
         (

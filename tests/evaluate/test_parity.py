@@ -104,6 +104,17 @@ def test_a_quantised_side_is_named(models: ModuleType, checked: Checked, tmp_pat
     assert report["hint"].startswith(said)
     report = checked(model, changed(model, "decoder.blocks.1.attention.q.weight"))
     assert report["hint"].startswith("the language model computes otherwise")
+    # What the decoder is rounded to changes nothing before it.
+    other = changed(model, "connector.layers.0.weight")
+    save(tmp_path / "another", other.config, other.state, tokenizer=other.tokenizer.to_str())
+    import_model(tmp_path / "another", tmp_path / "another-int4", quantize="int4")
+    report = checked(model, tmp_path / "another-int4")
+    assert report["parts"] == "tower" and report["hint"].startswith("a picture is prepared")
+    other = tiny(models, "LLaVA 1.5")
+    save(tmp_path / "third", other.config, other.state, tokenizer=other.tokenizer.to_str())
+    import_model(tmp_path / "third", tmp_path / "third-int4", quantize="int4")
+    report = checked(model, tmp_path / "third-int4")
+    assert report["parts"] == "tokenizer" and report["hint"].startswith("the same text becomes other tokens")
 
 
 def test_another_tokenizer_and_other_tiles(models: ModuleType, checked: Checked) -> None:

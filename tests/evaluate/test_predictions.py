@@ -95,6 +95,19 @@ def test_answers_find_their_questions() -> None:
     assert (matched.missing, matched.unknown, matched.duplicates) == ([], ["9"], ["7"])
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'[{"id": 1, "answer": "a"},', r"\(line 1, column 27: it ends too early\); a right row is \{"),
+        (b'{"id": 1, "answer": "caf\xe9"}', "is not UTF-8 text; save it as UTF-8"),
+    ],
+)
+def test_nobody_can_fetch_answers_again(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "a.json").write_bytes(data)
+    with pytest.raises(InputError, match=message):
+        read_predictions(tmp_path / "a.json")
+
+
 def test_all_that_does_not_fit_is_counted(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text(

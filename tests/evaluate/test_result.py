@@ -109,6 +109,9 @@ def test_a_file_that_is_no_result(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(InputError, match="not a result of pumice eval"):
         read_result(tmp_path / "x.json")
+    # Editors on Windows write a byte order mark.
+    (tmp_path / "x.json").write_text('{"format": 1, "headline": {}}', encoding="utf-8-sig")
+    assert read_result(tmp_path / "x.json")["format"] == 1
     (tmp_path / "x.json").write_text("[" * 100_000)
     with pytest.raises(InputError, match=r"x\.json' cannot be read \(.*write it with --json"):
         read_result(tmp_path / "x.json")
@@ -117,8 +120,11 @@ def test_a_file_that_is_no_result(tmp_path: Path) -> None:
 def test_one_of_a_thing_is_counted_as_one() -> None:
     """Noun and verb agree with the number, and 0 is plural."""
     nouns = [("row", ""), ("process", "wait"), ("reply", "do"), ("picture", "are"), ("box", "have")]
+    nouns += [("entry", ""), ("key", ""), ("batch", "")]
     one = ["1 row", "1 process waits", "1 reply does", "1 picture is", "1 box has"]
+    one += ["1 entry", "1 key", "1 batch"]
     two = ["2 rows", "2 processes wait", "2 replies do", "2 pictures are", "2 boxes have"]
+    two += ["2 entries", "2 keys", "2 batches"]
     assert [counted(1, *pair) for pair in nouns] == one
     assert [counted(2, *pair) for pair in nouns] == two
     assert counted(0, "row") == "0 rows"

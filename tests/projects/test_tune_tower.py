@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -57,6 +58,33 @@ def parts(tuning: ModuleType, tmp_path: Path) -> Any:
         captions = (f"A {name} sleeps.",) if number % 4 else ()
         scenes.append(tuning.Scene(photo, frozenset({name}), None, (), (), captions))
     return scenes[:12], scenes[12:]
+
+
+def test_photographs_of_both_sets_are_learnt_from(tuning: ModuleType, tmp_path: Path) -> None:
+    """Those held out are the ones that nothing else learns from; Flickr8k's have no categories."""
+    with pytest.raises(InputError, match="has no folder coco, whose categories"):
+        tuning.photographs(tmp_path)
+    for name, held in (("coco", 400), ("flickr8k", 500)):
+        (tmp_path / name).mkdir()
+        files = [{"id": n, "file_name": f"{n}.jpg"} for n in range(held + 2)]
+        captions = [{"image_id": n, "caption": f"a dog sleeps on bed {n}"} for n in range(held + 2)]
+        written = {"images": files, "annotations": captions}
+        (tmp_path / name / "captions.json").write_text(json.dumps(written))
+    (tmp_path / "coco" / "labels.jsonl").write_text(
+        "".join(json.dumps({"image": f"{n}.jpg", "labels": ["dog"]}) + "\n" for n in range(402))
+    )
+    for name in ("objects", "vqa", "vsr"):
+        (tmp_path / "coco" / f"{name}.jsonl").touch()
+    learnt, held = tuning.photographs(tmp_path)
+    known = [[scene.labels for scene in part] for part in (learnt, held)]
+    assert known[0] == [{"dog"}] * 2 + [None] * 2 and known[1] == [{"dog"}] * 400 + [None] * 500
+    photos = tuning.flickr.read_photos(tmp_path)
+    names = {photo.image for photo in tuning.flickr.split(photos)[1]}
+    assert {scene.photo.image for scene in held if scene.labels is None} == names
+    last = learnt[-1]
+    number = last.photo.name
+    assert last.photo.image == f"flickr8k/images/{number}.jpg"
+    assert last.raw_captions == (f"a dog sleeps on bed {number}",)
 
 
 def test_the_end_of_the_tower_learns(tuning: ModuleType, wide: Path, parts: Any, tmp_path: Path) -> None:

@@ -42,6 +42,14 @@ def test_steps_are_counted_on_every_terminal(
     assert any(re.fullmatch(shown, line.strip()) for line in lines), lines
 
 
+def test_at_the_end_no_time_is_left(
+    make_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with TrainingReport(load_recipe(make_recipe()), [], 11, 12, None) as report:
+        report.step(12, {"loss": 2.5}, 80, 2.0)
+    assert capsys.readouterr().err.splitlines()[-1] == "12 of 12 steps, loss 2.500  40 tokens/s"
+
+
 @pytest.mark.parametrize(
     ("seconds", "shown"), [(0.4, "0 s left"), (59, "59 s left"), (60, "1 min left"), (5400, "90 min left")]
 )

@@ -56,7 +56,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Scene:
-    """One COCO photograph. boxes: every thing there, or None where nobody drew them."""
+    """One photograph. labels: COCO's categories. boxes: every thing there. None where nobody told them."""
 
     photo: Photo
     labels: frozenset[str] | None

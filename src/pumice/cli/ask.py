@@ -16,7 +16,7 @@ from typer import Argument, Option
 from pumice.cli import options, reading
 from pumice.errors import CAUSE, InputError, near, shorten, wrong_input
 from pumice.files import replacing
-from pumice.jsonl import AnswerFile, json_fault, json_text, parse_json, print_json
+from pumice.jsonl import AnswerFile, json_fault, json_text, print_json, wrong_json
 from pumice.progress import LOG_SECONDS, ProgressBar
 
 SLOTS = 8  # of --batch
@@ -199,8 +199,9 @@ def _ask_batch(source: Path, out: Path, asking: _Asking, slots: int) -> None:
         text = source.read_text(encoding="utf-8-sig")
     # Not splitlines: it also splits at characters that JSON allows inside a text.
     kind, lines = "line", text.split("\n")
-    if isinstance(listed := parse_json(text), list):
-        kind, lines = "row", [json_text(row) for row in listed]
+    if text.lstrip().startswith("["):
+        with wrong_json(f"the JSON list in '{source}' is malformed or cut off ({CAUSE}); fix the file"):
+            kind, lines = "row", [json_text(row) for row in json.loads(text)]
     rows = [
         _read_row(line, number, f"{kind} {number}", source.parent, asking.frames)
         for number, line in enumerate(lines, 1)
@@ -227,7 +228,7 @@ def _ask_batch(source: Path, out: Path, asking: _Asking, slots: int) -> None:
             answer = InputError(row.error) if row.error else next(answers)
             is_error = isinstance(answer, InputError)
             if is_error:
-                failed, reason = failed + 1, reason or f"{row.id}: {answer}"
+                failed, reason = failed + 1, reason or f"with the id {shorten(row.id)}: {answer}"
             line = {"id": row.id, "error" if is_error else "answer": str(answer)}
             file.write(json_text(line) + "\n")
     partial.unlink(missing_ok=True)
@@ -235,7 +236,7 @@ def _ask_batch(source: Path, out: Path, asking: _Asking, slots: int) -> None:
         print_json({"rows": len(rows), "answered": len(rows) - failed, "errors": failed, "out": str(out)})
     elif failed:
         message = f"pumice: {failed} of {len(rows)} rows have an error instead of an answer"
-        print(f"{message}, the first is {reason}", file=sys.stderr)
+        print(f"{message}, the first {reason}", file=sys.stderr)
     if failed == len(rows):  # no row has an answer: the work has failed
         raise typer.Exit(1)
 

@@ -29,6 +29,9 @@ _HINTS = {
     "answer": "no single stage explains it: differences that each stay within the bounds add up",
 }
 
+# Whose rounding can make two programs part there: the beginnings of the weights' names.
+_ROUNDED = {"tower": ("tower.", "connector."), "decoder": ("decoder.",), "answer": ("",)}
+
 
 @options.expand
 def check(
@@ -82,8 +85,11 @@ def check(
     results = _run(first, second, asked, tolerance)
     parting = first_parting([stage for stages in results for stage in stages])
     hint = None if parting is None else _HINTS[parting]
-    if parting is not None and (rounded := _rounded(model, against, opening, against_mmproj, served)):
-        hint = f"{rounded}, so rounding alone may be the difference; if it is not, {hint}"
+    # With --quantize, both are rounded alike.
+    if parting in _ROUNDED and not served and opening.quantize == "none":
+        rounded = _rounded(parting, model, against, opening, against_mmproj)
+        if rounded:
+            hint = f"{rounded}, so rounding alone may be the difference; if it is not, {hint}"
     if as_json:
         rows = [
             {
@@ -128,19 +134,20 @@ def _programs(
     return first, InLlamaCpp(against, llm.path, None if seeing is None else seeing.path, processor)
 
 
-def _rounded(model: str, against: str, opening: options.Opening, mmproj: str | None, served: bool) -> str:
-    """Say how each side's file is quantised, where they differ; "" if they do not, or it is not known."""
+def _rounded(parting: str, model: str, against: str, opening: options.Opening, mmproj: str | None) -> str:
+    """Say how the weights of a stage are quantised in each file; "" if alike, or of another shape."""
     from pumice.formats.quantize import stored_bits
     from pumice.formats.read import read_model
 
-    if served or opening.quantize != "none":  # with --quantize, both are rounded alike
-        return ""
     arguments = opening.arguments()
     named = {key: arguments[key] for key in ("template", "tower", "base", "mmproj")}
-    kinds = [
-        stored_bits(parts.state) for parts in (read_model(model, **named), read_model(against, mmproj=mmproj))
-    ]
-    if kinds[0] == kinds[1]:
+    sides = read_model(model, **named), read_model(against, mmproj=mmproj)
+    shapes, kinds = [], []
+    for parts in sides:
+        computing = {n: t for n, t in parts.state.items() if n.startswith(_ROUNDED[parting])}
+        shapes.append((parts.config.decoder.width, parts.config.decoder.vocab_size))
+        kinds.append(stored_bits(computing))
+    if kinds[0] == kinds[1] or shapes[0] != shapes[1]:
         return ""
     return " and ".join(
         f"{name} is quantised to {kind}" if kind else f"{name} is not quantised"

@@ -108,11 +108,11 @@ def evaluate(
             raise InputError(f"{option} is for a model that answers; add --model, or leave it out")
     if device is not None and model is not None and model.startswith(("http://", "https://")):
         raise InputError(f"--device is for a model of this machine, not for {model}; leave it out")
-    if other_results and report is None:
-        raise InputError("--with adds results to a page; add --report FILE, or leave it out")
     for option, given in (("--reference", reference), ("--with", other_results)):
         if given and compare is not None:
             raise InputError(f"{option} does nothing beside --compare; leave it out")
+    if other_results and report is None:
+        raise InputError("--with adds results to a page; add --report FILE, or leave it out")
     if boxes is not None and not benchmark.has_boxes:
         raise InputError(f"{task} has no boxes; leave out --boxes")
     if compare is not None and model is not None:
@@ -132,8 +132,8 @@ def evaluate(
     if model is not None:
         if missing := check_images(asked.questions, allow_missing=allow_missing):
             print(
-                f"pumice: {counted(missing, 'picture', 'are')} missing; what asks about them stays "
-                "unanswered",
+                f"pumice: {counted(missing, 'picture', 'are')} missing; no question about a missing one is "
+                "answered",
                 file=sys.stderr,
             )
         answerer = _answerer(model, model_name, device, slots or SLOTS)

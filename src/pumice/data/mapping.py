@@ -414,7 +414,7 @@ def _unknown(values: Record, form: str) -> str:
     example = ", ".join(f"{role}: {name}" for role, name in roles.items() if name)
     return (
         f"'conversations' is missing, and no known form has the columns {_listed(values)}; say what they are "
-        f"in the recipe, for example columns: {{{example or 'question: ..., answer: ...'}}}"
+        f"in the recipe, for example columns: {{{example or 'question: ..., answer: ...'}}}, or rename them"
     )
 
 

@@ -62,7 +62,7 @@ class Judge:
         if broken:
             raise InputError(
                 f"'{path}': {counted(len(broken), 'line', 'are')} cut off or not JSON, the first is line "
-                f"{broken[0]}; remove them, they will be asked again"
+                f"{broken[0]}; remove what is damaged, it will be asked again"
             )
         # 3. A row of ours has "reply", one of LLaVA's "content".
         for row in rows:

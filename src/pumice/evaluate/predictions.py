@@ -51,7 +51,7 @@ def read_predictions(path: Path) -> Predictions:
     Raises InputError when the file holds no answer. Broken lines are listed; `check` refuses them.
     """
     # 1. Find out which of the forms the file has.
-    file = DataFile(path)
+    file = DataFile(path, example='{"id": "1", "answer": "a dog"}')
     text = file.text().lstrip()
     if not text:
         raise InputError(f"'{path}' holds no answers; write one JSON object per line")

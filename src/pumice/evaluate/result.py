@@ -234,7 +234,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """Read a result that `pumice eval --json` wrote. Raises InputError where the file holds none."""
     sentence = f"the result '{path}' cannot be read ({CAUSE}); write it with --json"
     with wrong_json(sentence), wrong_input(OSError, sentence):
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8-sig"))
     if not isinstance(result, dict) or result.get("format") != FORMAT or "headline" not in result:
         raise InputError(f"'{path}' is not a result of pumice eval, format {FORMAT}; write it with --json")
     return result

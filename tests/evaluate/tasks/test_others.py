@@ -226,7 +226,7 @@ def test_your_own_file(data: Any, scored: Any, asked: Any) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "?"}, "'answers' must be a text or a list of texts"),
+        ({"question": "?"}, "'answers' is missing; write a text or a list of texts"),
         ({"question": "?", "answers": "x", "metric": "bleu"}, "there is no metric 'bleu'"),
         ({"question": "?", "answers": "x", "metric": ["exact"]}, r"there is no metric \['exact'\]"),
         ({"question": "?", "answers": "x", "metric": "option"}, "needs 'choices'"),

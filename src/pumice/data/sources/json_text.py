@@ -102,8 +102,7 @@ class JsonReader:
             closed = following == "]"
             if not closed:
                 if following != ",":
-                    lacks = ValueError(f"{'a comma' if following else 'its end'} is missing")
-                    raise self.broken(f"'{name}', row {number}: the JSON list", lacks)
+                    raise self.broken(f"'{name}', row {number}: the JSON list", self._missing("a comma"))
                 self.skip()
                 self.peek()
         self.skip()
@@ -116,13 +115,15 @@ class JsonReader:
         """
         try:
             if self.peek() != "{":
-                raise ValueError("the object is missing")
+                raise self._missing("the object")
             self.skip()
             closed = self.peek() == "}"
             while not closed:
+                if self.peek() != '"':
+                    raise self._missing("a key in double quotes")
                 key = self.value()
-                if not isinstance(key, str) or self.peek() != ":":
-                    raise ValueError("a key is missing")
+                if self.peek() != ":":
+                    raise self._missing("a colon behind a key")
                 self.skip()
                 if self.peek() == "[":
                     yield key, self.items(f"{name}, {key}")
@@ -132,7 +133,7 @@ class JsonReader:
                 closed = following == "}"
                 if not closed:
                     if following != ",":
-                        raise ValueError("a comma is missing")
+                        raise self._missing("a comma")
                     self.skip()
                     self.peek()
             self.skip()
@@ -152,6 +153,10 @@ class JsonReader:
             return InputError(f"{what} is not UTF-8 text at {self._place()}; save the file as UTF-8")
         fault = json_fault(error)
         return InputError(f"{what} is malformed or cut off at {self._place()} ({fault}); fix the file")
+
+    def _missing(self, what: str) -> ValueError:
+        """Return the error of something else, or of nothing, where `what` should stand."""
+        return ValueError(f"{what} is missing" if self.peek() else "it ends too early")
 
     def _place(self) -> str:
         """Return the line and the column of `offset`, for messages; of a very long line the byte."""

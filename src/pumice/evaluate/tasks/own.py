@@ -25,7 +25,7 @@ from pumice.data.objects import read_objects
 from pumice.data.pictures import Image, beside, structured, videos_of
 from pumice.data.rows import Row, Rows
 from pumice.data.sources.recognise import HUB, format_of
-from pumice.errors import CAUSE, InputError, check_known, wrong_input
+from pumice.errors import CAUSE, InputError, check_known, shorten, wrong_input
 from pumice.evaluate.files import DataFile, ImageFile, read_rows, search
 from pumice.evaluate.metrics.boxes import best_iou, is_right
 from pumice.evaluate.metrics.captions import rouge_l
@@ -295,10 +295,17 @@ def _with_boxes(row: Row, folder: Path, box_map: BoxMaps) -> tuple[Row, dict[str
 def _question(row: dict[str, Any], label: str, folder: Path, number: int, box_map: BoxMaps) -> Question:
     error_prefix = f"'{label}', row {number}"
     # 1. Read the answers and the metric.
+    if not isinstance(row["question"], str):
+        raise InputError(f"{error_prefix}: 'question' must be a text, found {shorten(row['question'])}")
     answers = row.get("answers", row.get("answer"))
+    if answers is None:
+        raise InputError(f"{error_prefix}: 'answers' is missing; write a text or a list of texts")
     answers = [answers] if isinstance(answers, str | int | float) else answers
-    if not isinstance(answers, list) or not answers:
-        raise InputError(f"{error_prefix}: 'answers' must be a text or a list of texts, found {answers!r}")
+    is_list = isinstance(answers, list) and answers
+    if not is_list or any(answer is None or isinstance(answer, dict) for answer in answers):
+        raise InputError(
+            f"{error_prefix}: 'answers' must be a text or a list of texts, found {shorten(answers)}"
+        )
     metric = row.get("metric", "option" if row.get("choices") else "exact")
     check_known(metric, METRICS, f"{error_prefix}: there is no metric {metric!r}")
     choices = structured(row.get("choices"))
