@@ -427,7 +427,7 @@ def test_a_batch_that_was_stopped_goes_on(
     monkeypatch.setattr(Assistant, "ask_each", count)
     result = run(*command)
     assert (result.exit_code, asked) == (0, [[([], "What is 1?"), ([], "What is 2?")]])
-    assert "1 of 3 answers are in 'out.jsonl.partial' already" in result.stderr
+    assert "1 of 3 answers is in 'out.jsonl.partial' already" in result.stderr
     answers = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     assert [a["id"] for a in answers] == ["broken", 0, 1, 2]
     assert answers[1]["answer"] == "an answer from before"
@@ -462,7 +462,7 @@ def test_wrong_videos(
         ("empty.mp4", "2", "'empty.mp4' is empty (0 bytes)"),
         ("none.gif", "2", "none.gif"),
         ("torn.mp4", "2", "torn.mp4 "),  # has no frame, or needs PyAV
-        ("long.gif", "100", "of its 100 frames fit: show fewer (--frames)"),
+        ("long.gif", "100", "of 100 frames fit"),
         ("cat.png", "2", "--frames is for a video or an animation, and none is shown"),
     ):
         refused(run("ask", name, "What?", "--frames", count, *SHORT), words)

@@ -14,7 +14,7 @@ import typer
 from typer import Argument, Option
 
 from pumice.cli import options, reading
-from pumice.errors import CAUSE, InputError, near, shorten, wrong_input
+from pumice.errors import CAUSE, InputError, counted, near, shorten, wrong_input
 from pumice.files import replacing
 from pumice.jsonl import AnswerFile, json_fault, json_text, parse_json, print_json
 from pumice.progress import LOG_SECONDS, ProgressBar
@@ -234,7 +234,7 @@ def _ask_batch(source: Path, out: Path, asking: _Asking, slots: int) -> None:
     if asking.as_json:
         print_json({"rows": len(rows), "answered": len(rows) - failed, "errors": failed, "out": str(out)})
     elif failed:
-        message = f"pumice: {failed} of {len(rows)} rows have an error instead of an answer"
+        message = f"pumice: {counted(failed, 'row', 'have', of=len(rows))} an error instead of an answer"
         print(f"{message}, the first is {reason}", file=sys.stderr)
     if failed == len(rows):  # no row has an answer: the work has failed
         raise typer.Exit(1)
@@ -250,7 +250,8 @@ def _answer_rows(rows: list[_Row], partial: Path, asking: _Asking, slots: int) -
     asked = {"model": asking.model, "frames": asking.frames, **asking.opening.arguments(), **sampling}
     with AnswerFile(partial, questions, asked) as file, ProgressBar(log_seconds=LOG_SECONDS) as bar:
         if done := len(file.answers):
-            print(f"pumice: {done} of {len(rows)} answers are in '{partial}' already", file=sys.stderr)
+            ready = counted(done, "answer", "are", of=len(rows))
+            print(f"pumice: {ready} in '{partial}' already", file=sys.stderr)
         for answer in assistant.ask_each(questions[done:], slots=slots, **sampling):
             file.add(answer)
             bar.show(len(file.answers), len(rows), "answers")

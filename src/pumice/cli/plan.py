@@ -146,7 +146,7 @@ def describe(plan: Plan) -> list[str]:
     lines += ["", f"disk: {plan.disk / 1e9:.2f} GB, {plan.checkpoint / 1e9:.2f} GB a checkpoint"]
     speed = f"time: {plan.tokens_per_second:,.0f} tokens/s"
     if plan.seconds is not None:
-        speed += f"; {plan.steps:,} steps ({plan.steps_per_epoch:,} an epoch), {_time(plan.seconds)}"
+        speed += f"; steps: {plan.steps:,} ({plan.steps_per_epoch:,} an epoch), {_time(plan.seconds)}"
     else:
         speed += "; --rows N tells steps and hours"
     lines.append(speed)
