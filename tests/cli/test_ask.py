@@ -338,6 +338,14 @@ def test_a_batch_may_be_a_json_list(run: Any, folder: Path) -> None:
     assert listed[2] == {"id": 3, "error": "row 3 is not an object with 'id' and 'question'"}
 
 
+def test_a_list_of_a_batch_is_parsed_once(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "in.json").write_text('[{"id": "once", "image": "no.png", "question": "What?"}]')
+    parsed, loads = [], json.loads
+    monkeypatch.setattr(json, "loads", lambda text, **how: parsed.append(str(text)) or loads(text, **how))
+    run("ask", "--batch", "in.json", "--out", "out.jsonl")
+    assert sum("once" in text for text in parsed) == 1
+
+
 def test_videos_in_a_batch(run: Any, folder: Path, clip: str, tiny_folder: Path) -> None:
     """Beside pictures, where they are marked; --frames holds for each."""
     rows = [

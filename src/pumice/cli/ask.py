@@ -197,14 +197,16 @@ def _ask_batch(source: Path, out: Path, asking: _Asking, slots: int) -> None:
         wrong_input(UnicodeDecodeError, f"'{source}' is not UTF-8 text; save it as UTF-8"),
     ):
         text = source.read_text(encoding="utf-8-sig")
-    # Not splitlines: it also splits at characters that JSON allows inside a text.
-    kind, lines = "line", text.split("\n")
+    numbered: Iterable[tuple[int, Any]]
     if isinstance(listed := parse_json(text), list):
-        kind, lines = "row", [json_text(row) for row in listed]
+        kind, numbered = "row", enumerate(listed, 1)
+    else:
+        # Not splitlines: it also splits at characters that JSON allows inside a text.
+        lines = enumerate(text.split("\n"), 1)
+        kind, numbered = "line", ((number, _parse(line)) for number, line in lines if line.strip())
     rows = [
-        _read_row(line, number, f"{kind} {number}", source.parent, asking.frames)
-        for number, line in enumerate(lines, 1)
-        if line.strip()
+        _read_row(values, number, f"{kind} {number}", source.parent, asking.frames)
+        for number, values in numbered
     ]
     if not rows:
         raise InputError(f"'{source}' holds no questions; write a JSON list or one JSON object per line")
@@ -213,8 +215,8 @@ def _ask_batch(source: Path, out: Path, asking: _Asking, slots: int) -> None:
     partial = out.with_name(f"{out.name}.partial")
     unread = dict.fromkeys(key for row in rows for key in row.unread)
     if unread:
-        listed = ", ".join(map(_named, unread))
-        print(f"pumice: '{source}' has keys that are not read: {listed}", file=sys.stderr)
+        names = ", ".join(map(_named, unread))
+        print(f"pumice: '{source}' has keys that are not read: {names}", file=sys.stderr)
     if out.exists() and not partial.exists():
         print(f"pumice: all rows are asked anew, and then '{out}' is replaced", file=sys.stderr)
     # 2. Answer the rows without an error. `partial` keeps the answers of a run that is stopped.
@@ -258,18 +260,25 @@ def _answer_rows(rows: list[_Row], partial: Path, asking: _Asking, slots: int) -
     return file.answers
 
 
-def _read_row(line: str, number: int, label: str, folder: Path, frames: int | None) -> _Row:
-    """Parse one line. A relative path is searched in `folder`, then in the working folder.
+def _parse(line: str) -> Any:
+    """Return the value of a line of JSON, or the error of one that is none."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return error
 
-    number: its id where it has none. label: what messages call it. frames: of each video.
+
+def _read_row(values: Any, number: int, label: str, folder: Path, frames: int | None) -> _Row:
+    """Read one row. A relative path is searched in `folder`, then in the working folder.
+
+    values: of the row, or the error of its line. number: its id where it has none. label: what messages
+    call it. frames: of each video.
     """
     from pumice.conversation import Video, check_media
     from pumice.data.pictures import beside
 
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return _Row(number, error=f"{label} is not JSON ({json_fault(error)})")
+    if isinstance(values, ValueError | RecursionError):
+        return _Row(number, error=f"{label} is not JSON ({json_fault(values)})")
     if not isinstance(values, dict):
         return _Row(number, error=f"{label} is not an object with 'id' and 'question'")
     row_id = values.get("id", number)
