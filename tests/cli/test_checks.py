@@ -15,7 +15,6 @@ from pumice.cli import app, checks, doctor, trial
 from pumice.cli.checks import Finding
 from pumice.model import llava
 from pumice.storage import download
-from pumice.storage.memory import usable_cores
 
 
 def named(findings: list[Finding], name: str) -> Finding:
@@ -132,19 +131,6 @@ def root(tmp_path: Path) -> Path:
     group.mkdir(parents=True)
     (group / "cpu.max").write_text("50000 100000\n")
     return tmp_path
-
-
-def test_a_container(root: Path) -> None:
-    assert usable_cores(root) == 1
-
-
-def test_an_older_container(tmp_path: Path) -> None:
-    group = tmp_path / "sys/fs/cgroup/cpu"
-    group.mkdir(parents=True)
-    (group / "cpu.cfs_period_us").write_text("100000\n")
-    for quota, cores in (("150000", 2), ("-1", usable_cores(tmp_path))):
-        (group / "cpu.cfs_quota_us").write_text(f"{quota}\n")
-        assert usable_cores(tmp_path) == min(cores, usable_cores(tmp_path / "none"))
 
 
 def test_threads(root: Path) -> None:

@@ -129,7 +129,7 @@ def test_square_brackets_are_text(make_recipe: MakeRecipe, rows: Path, tmp_path:
 def test_a_finished_run_is_left_alone(
     make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pumice.train.setup.fewer_threads", lambda threads: threads)
+    monkeypatch.setattr("pumice.train.devices.fewer_threads", lambda threads: threads)
     recipe = make_recipe(max_steps=2)
     written = (run(recipe) / "model.safetensors").stat()
     assert f"OMP_NUM_THREADS={torch.get_num_threads()} training may be" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pumice import __version__
 from pumice.errors import InputError, counted, install
-from pumice.storage.memory import BUSY, busy_load, usable_cores
+from pumice.threads import BUSY, busy_load, usable_cores
 
 Level = Literal["ok", "note", "problem"]
 GPU_MEMORY = 1.5e9  # bytes; pumice-tiny needs about 1 GB
