@@ -209,7 +209,7 @@ def test_a_model_in_place_of_a_recipe_is_told_how_to_ask(name: str, tiny_folder:
 
 
 @pytest.mark.parametrize(
-    "option", ["--gpu=t4", "--gpu-memory=24", "--processes=2", "--rows=10", "--set=seed=1"]
+    "option", ["--gpu=t4", "--gpu-memory=24", "--processes=1", "--rows=10", "--set=seed=1"]
 )
 def test_options_of_recipes_are_not_left_out_without_a_word(option: str) -> None:
     result = CliRunner().invoke(app, ["plan", "--ask", "pumice-tiny", option])
