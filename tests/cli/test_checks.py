@@ -89,7 +89,7 @@ def test_copies_of_quantised_weights(cache: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PUMICE_CACHE_LIMIT", "0")
     finding = named(checks.caches(), "copies")
     assert (finding.level, finding.value) == ("note", 3_000_000)
-    assert finding.remedy.startswith("that is over the limit: the next start from a copy removes the others")
+    assert finding.remedy.startswith("that is over the limit: the next start of a model in few bits")
     monkeypatch.setenv("PUMICE_CACHE_LIMIT", "-1")
     assert named(checks.caches(), "copies").level == "problem"
 

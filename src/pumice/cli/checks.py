@@ -227,7 +227,7 @@ def _copies() -> Finding:
     says += f"{_size(limit)} ({LIMIT_VARIABLE}); what you delete there is made again when it is used"
     if size <= limit:
         return Finding("copies", says, value=size)
-    remedy = "that is over the limit: the next start from a copy removes the others, the least used first"
+    remedy = "that is over the limit: the next start of a model in few bits removes the least used"
     return Finding("copies", says, "note", remedy, size)
 
 
