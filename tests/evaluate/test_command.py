@@ -322,6 +322,7 @@ def test_a_model_answers_and_is_scored(folder: Path, tiny_folder: Path) -> None:
             "row 1: 5 stands where a text should; a right row is",
         ),
         ("q.tsv", b"", "q.tsv' is empty; a right row is"),
+        ("q.tsv", b"question\tanswer\n", "q.tsv' holds no rows; add some below its header"),
         ("q.jsonl", b"", "q.jsonl' holds no questions; write one row per line, such as {"),
         (
             "q.jsonl",
