@@ -142,7 +142,7 @@ def output_folder(output: Path, has_begun: Callable[[], bool]) -> Iterator[None]
     """
     with wrong_input(OSError, f"the output folder {output} cannot be made: {CAUSE}; name another"):
         is_new = not output.exists()
-        before = set() if is_new else {*output.iterdir()}
+        before: set[Path] = set() if is_new else {*output.iterdir()}
         (output / "checkpoints").mkdir(parents=True, exist_ok=True)
     lock = hold(output / LOCK, f"using the output folder {output}")
     try:
