@@ -74,7 +74,7 @@ def measure(name: str, to: str, folder: Path) -> Cell:
     model = tiny(ARCHITECTURES[name])
     target = folder / to
     try:
-        export(model, to, target, kind="f32" if to in ("gguf", "ollama") else "f16")
+        export(model, to, target, kind="f32" if to in ("gguf", "ollama") else None)
     except InputError as error:
         return Cell(refused=str(error).partition(": ")[2])
     size = model.config.vision.image_size

@@ -248,7 +248,9 @@ def load_script() -> Iterator[Callable[[Path], ModuleType]]:
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             patch.setitem(sys.modules, name, module)  # dataclasses look their module up
-            spec.loader.exec_module(module)
+            with pytest.MonkeyPatch.context() as paths:  # as if it was run
+                paths.syspath_prepend(path.parent)
+                spec.loader.exec_module(module)
             return module
 
         yield load

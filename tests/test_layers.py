@@ -20,7 +20,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "pumice"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "moved"),
     ("media", "config_json"),
-    ("config", "capability", "conversation", "files", "stopping"),
+    ("config", "capability", "conversation", "files", "stopping", "threads"),
     ("geometry", "jsonl", "messages", "png", "kernels"),
     ("boxes", "templates", "images", "model", "webpage", "progress", "storage"),
     ("tokens", "chat_client", "video"),
@@ -62,6 +62,7 @@ LIBRARIES: dict[str, set[str]] = {
     "conversation": set(),
     "files": set(),
     "stopping": set(),
+    "threads": set(),
     "geometry": set(),
     "jsonl": set(),
     "messages": set(),

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from command import run
 from rows import coco
 from rows.attributes import colour_rows, counting_rows
 from rows.base import Photo, Row
@@ -36,8 +36,6 @@ from rows.refusal import refusal_rows
 from rows.scene_rows import scene_rows
 from rows.text_only import text_rows
 from rows.vqa import statement_rows, vqa_rows, vqa_test
-
-from pumice.errors import InputError
 
 COMPOSITES = {"train": 2000, "val": 100}
 TEXT_ROWS = {"train": 900, "val": 60}
@@ -197,8 +195,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import math
 import random
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from command import run
 from rich.progress import track
 from rows import coco, flickr
 from rows.coco import CATEGORIES, Scene
@@ -242,8 +242,4 @@ def save(opened: Opened, target: Path, stage: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

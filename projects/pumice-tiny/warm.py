@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from command import run
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -225,8 +225,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from pumice.conversation import Video
-from pumice.errors import InputError, WorkError, install
+from pumice.errors import InputError, WorkError, counted, install
 from pumice.images import data_url, read_image
 from pumice.jsonl import parse_json
 
@@ -275,7 +275,8 @@ def ask_in_order(
             return InputError(outcome.message)
         if outcome.what != "reply":
             reason = f"{outcome.why} {outcome.message}".strip()
-            raise WorkError(f"{endpoint.address} did not answer in {endpoint.attempts} tries ({reason})")
+            tries = counted(endpoint.attempts, "try")
+            raise WorkError(f"{endpoint.address} did not answer in {tries} ({reason})")
         values = parse_json(outcome.raw)
         return ChatReply(text_of(outcome.raw), str(values.get("model") or endpoint.model), values)
 

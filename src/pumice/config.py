@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pumice.config_json import as_stored, from_dict, later
-from pumice.errors import InputError, check_known, shorten
+from pumice.errors import InputError, check_known, counted, shorten
 from pumice.media import TileMarks, VideoPolicy, check_box_form
 
 FORMAT_VERSION = 1
@@ -168,7 +168,9 @@ class DecoderConfig:
         if self.head_dim < 2 or self.head_dim % 2:
             raise InputError(f"rotary positions turn pairs; a head_dim of {self.head_dim} has none")
         if self.heads % self.kv_heads:
-            raise InputError(f"{self.heads} heads cannot share {self.kv_heads} key/value heads evenly")
+            raise InputError(
+                f"{counted(self.heads, 'head')} cannot share {self.kv_heads} key/value heads evenly"
+            )
 
 
 @dataclass(frozen=True)

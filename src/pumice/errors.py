@@ -140,17 +140,23 @@ def some(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def counted(number: int, noun: str, verb: str = "") -> str:
-    """Return "1 picture" or "2 pictures"; with the verb "are", "1 picture is" or "2 pictures are"."""
+def counted(number: int, noun: str, verb: str = "", *, of: int | None = None) -> str:
+    """Return "1 picture" or "2 pictures"; with the verb "are", "1 picture is" or "2 pictures are".
+
+    verb: more may follow its first word, which alone changes. of: for "1 of 3 pictures is".
+    """
     if number == 1:
-        verb = {"are": "is", "have": "has", "do": "does"}.get(verb, verb and f"{verb}s")
-    elif noun.endswith(("s", "x", "ch", "sh")):
-        noun += "es"
-    elif noun.endswith("y") and noun[-2] not in "aeiou":
-        noun = f"{noun[:-1]}ies"
-    else:
-        noun += "s"
-    return f"{number} {noun} {verb}".rstrip()
+        first, *more = verb.split(" ")
+        first = {"are": "is", "have": "has", "do": "does"}.get(first, first and f"{first}s")
+        verb = " ".join([first, *more])
+    if (number if of is None else of) != 1:
+        if noun.endswith(("s", "x", "ch", "sh")):
+            noun += "es"
+        elif noun.endswith("y") and noun[-2] not in "aeiou":
+            noun = f"{noun[:-1]}ies"
+        else:
+            noun += "s"
+    return f"{number}{'' if of is None else f' of {of}'} {noun} {verb}".rstrip()
 
 
 def install(extra: str) -> str:

@@ -17,7 +17,7 @@ from pumice.boxes import box_map, write_boxes
 from pumice.capability import CHAT, IMAGE, MODE_FIELDS, MODE_MARKS, MODE_VIDEO, PICTURED, Capability, fields
 from pumice.config import IMAGE_TOKEN, TILED, ChatFormat, ImagePolicy, ModelConfig
 from pumice.conversation import Conversation, ImagePart, Video
-from pumice.errors import ContextOverflow, InputError
+from pumice.errors import ContextOverflow, InputError, counted
 from pumice.geometry import Layout, frame_layout, single_tile_layout, tile_layout
 from pumice.images import image_key, image_size, open_image, read_image, to_tiles
 from pumice.media import TileMarks, VideoPolicy
@@ -237,7 +237,7 @@ class Processor:
             message = f"{name} takes {len(input_ids)} tokens, the model's context is {limit}"
             if frames:  # beside which the text is short
                 fitting = frames * limit // len(input_ids)
-                message += f"; about {fitting} of its {frames} frames fit: show fewer (--frames)"
+                message += f"; about {counted(fitting, 'frame', 'fit', of=frames)}: show fewer (--frames)"
             raise ContextOverflow(message, len(input_ids), limit)
         ids = np.array(input_ids, np.int64)
         return Sample(conversation.id, ids, np.array(labels, np.int64), images, layouts)

@@ -348,6 +348,14 @@ def test_a_damaged_list_is_no_batch(run: Any, refused: Any, folder: Path) -> Non
     assert not (folder / "out.jsonl").exists()
 
 
+def test_a_list_of_a_batch_is_parsed_once(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "in.json").write_text('[{"id": "once", "image": "no.png", "question": "What?"}]')
+    parsed, loads = [], json.loads
+    monkeypatch.setattr(json, "loads", lambda text, **how: parsed.append(str(text)) or loads(text, **how))
+    run("ask", "--batch", "in.json", "--out", "out.jsonl")
+    assert sum("once" in text for text in parsed) == 1
+
+
 def test_videos_in_a_batch(run: Any, folder: Path, clip: str, tiny_folder: Path) -> None:
     """Beside pictures, where they are marked; --frames holds for each."""
     rows = [
@@ -437,7 +445,7 @@ def test_a_batch_that_was_stopped_goes_on(
     monkeypatch.setattr(Assistant, "ask_each", count)
     result = run(*command)
     assert (result.exit_code, asked) == (0, [[([], "What is 1?"), ([], "What is 2?")]])
-    assert "1 of 3 answers are in 'out.jsonl.partial' already" in result.stderr
+    assert "1 of 3 answers is in 'out.jsonl.partial' already" in result.stderr
     answers = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     assert [a["id"] for a in answers] == ["broken", 0, 1, 2]
     assert answers[1]["answer"] == "an answer from before"
@@ -472,7 +480,7 @@ def test_wrong_videos(
         ("empty.mp4", "2", "'empty.mp4' is empty (0 bytes)"),
         ("none.gif", "2", "none.gif"),
         ("torn.mp4", "2", "torn.mp4 "),  # has no frame, or needs PyAV
-        ("long.gif", "100", "of its 100 frames fit: show fewer (--frames)"),
+        ("long.gif", "100", "of 100 frames fit"),
         ("cat.png", "2", "--frames is for a video or an animation, and none is shown"),
     ):
         refused(run("ask", name, "What?", "--frames", count, *SHORT), words)

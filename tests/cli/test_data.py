@@ -186,11 +186,11 @@ def test_data_convert(run: Any, refused: Any, folder: Path) -> None:
     (folder / "table.csv").write_text("photo,ask,reply\ncat.png,What?,A dog.\n")
     columns = ["--columns", "image=photo", "--columns", "question=ask", "--columns", "answer=reply"]
     result = run("data", "convert", "table.csv", "out", *columns, model=False)
-    assert (result.exit_code, result.stdout) == (0, "out: 1 row written, 0 rows left out\n"), result.output
+    assert (result.exit_code, result.stdout) == (0, "out (rows written: 1, rows left out: 0)\n")
     written = json.loads((folder / "out" / "rows.jsonl").read_text())
     assert written["image"] == "images/cat.png" and (folder / "out" / "images" / "cat.png").is_file()
     result = run("data", "check", "out/rows.jsonl", "--images", "out", model=False)
-    assert (result.exit_code, result.stdout) == (0, "1 of 1 rows can be used\n")
+    assert (result.exit_code, result.stdout) == (0, "1 of 1 row can be used\n")
     refused(run("data", "convert", "table.csv", "new", model=False), "columns: {image: photo, question: ask")
     refused(
         run("data", "convert", "table.csv", "new", "--columns", "image", model=False), "write ROLE=COLUMN"

@@ -135,7 +135,7 @@ def test_an_assumed_unit_is_told_and_the_row_is_used(folder: Path) -> None:
         ("pixels", "unit of boxes assumed", "no bbox_type: its boxes are read as real"),
         ("shares", "unit of boxes assumed", "no bbox_type: its boxes are read as norm1"),
         ("rounded", "unit of boxes assumed", "no bbox_type: its boxes are read as norm1"),
-        ("more", "boxes not used", "1 of 2 boxes have no <bbox> in its texts"),
+        ("more", "boxes not used", "1 of 2 boxes has no <bbox> in its texts"),
     ]
     assert texts(opened) == texts(opened, 1)
     assert texts(opened, 2)[1] == "[0.10, 0.10, 1.00, 0.50]"

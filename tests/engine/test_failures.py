@@ -259,7 +259,7 @@ def test_an_owner_that_fails_ends_its_own_request_only(
         (lambda kit: kit.prompt(*range(50), max_new_tokens=2), "50 tokens .* up to 2 .* 50 .* at most 1,"),
         (lambda kit: Prompt(torch.empty(0, dtype=torch.long)), "0 tokens; give at least 1"),
         (lambda kit: kit.prompt(1, 101), "from 1 to 101, the vocabulary from 0 to 100"),
-        (lambda kit: Prompt(torch.tensor([1, -200, 2])), "hold 1 image placeholders, the pictures give 0"),
+        (lambda kit: Prompt(torch.tensor([1, -200, 2])), "hold 1 image placeholder, the pictures give 0"),
     ],
 )
 def test_what_can_never_be_answered_is_refused(

@@ -189,7 +189,7 @@ def test_answers_that_cannot_be_compared(folder: Path) -> None:
     refused(run(*OWN, "two.jsonl", "--compare", "fewer.jsonl"), "2 of 6 questions have no answer")
     refused(run(*OWN, "two.jsonl", "--compare", "others.jsonl"), "6 answers are to unknown questions")
     part = ("--allow-missing",)
-    refused(run(*OWN, "two.jsonl", "--compare", "others.jsonl", *part), "answers none of the 6 questions")
+    refused(run(*OWN, "two.jsonl", "--compare", "others.jsonl", *part), "answers none of 6 questions")
     refused(run(*OWN, "first.jsonl", "--compare", "last.jsonl", *part), "answer no question in common")
     fewer = run(*OWN, "two.jsonl", "--compare", "fewer.jsonl", *part)
     assert "PARTIAL: 4 of 6 questions" in fewer.stdout
@@ -339,6 +339,7 @@ def test_a_model_answers_and_is_scored(folder: Path, tiny_folder: Path) -> None:
         ),
         ("q.csv", b"ask me,then\na,b\n", "columns: {question: ask me, answer: then}, or rename them"),
         ("q.tsv", b"", "q.tsv' is empty; a right row is"),
+        ("q.tsv", b"question\tanswer\n", "q.tsv' holds no rows; add some below its header"),
         ("q.jsonl", b"", "q.jsonl' holds no questions; write one row per line, such as {"),
         (
             "q.jsonl",

@@ -46,7 +46,7 @@ def test_contents_decide(tmp_path: Path, files: dict[str, Any], kind: FormatKind
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, r"config\.json is missing; the folder is not a whole model"),
+        ({}, r"is no whole model: it holds nothing, but no config\.json"),
         ({"config": {"model_type": "bert"}}, "model_type is 'bert', which cannot be read; known are llava"),
         ({"config": {}}, "model_type is '', which cannot be read"),
         ({"config": {"model_type": "llava"}}, "has neither text_config nor mm_vision_tower"),
@@ -56,6 +56,13 @@ def test_contents_decide(tmp_path: Path, files: dict[str, Any], kind: FormatKind
 def test_nothing_that_is_known(tmp_path: Path, files: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         recognise(folder(tmp_path / "m", **files))
+
+
+def test_a_folder_of_pictures_is_told_with_what_it_holds(tmp_path: Path) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.jpg").touch()
+    with pytest.raises(InputError, match=r"it holds 0\.jpg, 1\.jpg, 2\.jpg and 2 more, but no config\.json"):
+        recognise(tmp_path)
 
 
 def test_gguf_by_its_first_bytes(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_runs_on_a_model(measure: ModuleType, photos: Path, tiny_folder: Path, c
 def test_easy_vqa_is_asked_by_the_same_command(measure: ModuleType, photos: Path) -> None:
     (photos / "test" / "images").mkdir(parents=True)
     (photos / "test" / "questions.json").write_text('[["is there a circle?", "no", 0]]')
-    with pytest.raises(InputError, match="1 of 1 pictures are missing"):
+    with pytest.raises(InputError, match="1 of 1 picture is missing"):
         measure.read_easy_vqa(photos)
     Image.new("RGB", (32, 32)).save(photos / "test" / "images" / "0.png")
     result = measure.easy_vqa(Knowing(), measure.read_easy_vqa(photos), "m")

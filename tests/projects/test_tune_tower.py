@@ -20,16 +20,11 @@ from pumice.formats.pumice import folder
 from pumice.formats.pumice.folder import open_parts
 
 COLOURS = {"cat": (250, 20, 20), "dog": (20, 20, 250)}
-PROJECT = Path(__file__).parents[2] / "projects" / "pumice-tiny"
 
 
 @pytest.fixture(scope="module")
 def tuning(script: Callable[[str], ModuleType]) -> Iterator[ModuleType]:
-    sys.path.insert(0, str(PROJECT))
-    try:
-        module = script("tune_tower")
-    finally:
-        sys.path.remove(str(PROJECT))
+    module = script("tune_tower")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BATCH", 4)
         patch.setattr(module, "RARE", 2)

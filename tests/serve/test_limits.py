@@ -231,7 +231,7 @@ def test_the_damaged_one_of_several_is_named(small: str) -> None:
 def test_too_many_pictures_and_too_large_bodies(small: str) -> None:
     error = error_of(post(small, ask("What?", *[picture()] * 3)), 400)
     assert error["param"] == "messages.0.content.2.image_url"
-    assert "3 pictures, 2 are allowed" in error["message"]
+    assert "3 pictures; show at most 2" in error["message"]
     assert "larger than 600000 bytes" in error_of(post(small, ask("x" * 700_000)), 413)["message"]
 
     def chunks() -> Any:  # without a Content-Length

@@ -145,7 +145,7 @@ def test_frames_count_in_the_memory_of_requests() -> None:
 
 def test_videos_count_as_pictures_do(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
     error = error_of(post(small, asked(*[video_part(animation())] * 3)), 400)
-    assert "3 pictures, 2 are allowed" in error["message"]
+    assert "3 pictures; show at most 2" in error["message"]
     monkeypatch.setattr(video, "CPU_SECONDS", 0)  # what the message says
     monkeypatch.setattr(video, "WALL_SECONDS", 0)
     error = error_of(post(small, asked(video_part(animation()))), 400)

@@ -82,15 +82,3 @@ def test_the_addresses_of_a_process_may_be_limited(system: Path, monkeypatch: py
     (system / "proc/self/status").write_text("Name:\tpython\nVmSize:\t  1000 kB\n")
     monkeypatch.setattr(memory, "_address_limit", lambda: 3000 * 1024)
     assert ram(system) == (9000 * 1024, 2000 * 1024)
-
-
-@pytest.mark.parametrize(
-    ("load", "threads", "fewer"),
-    [(2.9, 4, None), (3.2, 2, 1), (3.2, 1, None), (9.0, 4, 1), (6.5, 8, 1)],
-)
-def test_beside_busy_programs_fewer_threads_compute(
-    monkeypatch: pytest.MonkeyPatch, load: float, threads: int, fewer: int | None
-) -> None:
-    monkeypatch.setattr(memory, "usable_cores", lambda: 4)
-    monkeypatch.setattr(memory, "busy_load", lambda: load)
-    assert memory.fewer_threads(threads) == fewer

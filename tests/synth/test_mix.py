@@ -253,7 +253,7 @@ def test_the_command(make: Any) -> None:
     make({"task": "llava", "files": {"rows": "llava.json"}})
     result = CliRunner().invoke(app, ["data", "mix", "mix.yaml", "out.json", "--seed", "3"])
     assert result.exit_code == 0, result.output
-    assert "llava: 20 rows of 20 (LLaVA-1.5 has 157,712)\n20 rows in out.json" in result.stdout
+    assert "rows of llava: 20 of 20 (LLaVA-1.5 has 157,712)\nrows in out.json: 20" in result.stdout
     refused = CliRunner().invoke(app, ["data", "mix", "mix.yaml", "out.txt"])
     assert (refused.exit_code, "is neither .json nor .jsonl" in refused.stderr) == (2, True)
     before = Path("llava.json").read_bytes()

@@ -129,7 +129,7 @@ def test_square_brackets_are_text(make_recipe: MakeRecipe, rows: Path, tmp_path:
 def test_a_finished_run_is_left_alone(
     make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pumice.train.setup.fewer_threads", lambda threads: threads)
+    monkeypatch.setattr("pumice.train.devices.fewer_threads", lambda threads: threads)
     recipe = make_recipe(max_steps=2)
     written = (run(recipe) / "model.safetensors").stat()
     assert f"OMP_NUM_THREADS={torch.get_num_threads()} training may be" in capsys.readouterr().err
@@ -240,10 +240,19 @@ def test_a_picture_that_changed_gets_its_own_features(
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "without"), rel=1e-2)
 
 
-def test_a_changed_recipe_does_not_go_on_from_old_checkpoints(make_recipe: MakeRecipe) -> None:
+def test_a_changed_recipe_does_not_go_on_from_old_checkpoints(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """The folder stays as the first run left it."""
+
+    def held() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
     run(make_recipe(max_steps=3))
+    before = held()
     with pytest.raises(InputError, match=r"stage.*another output folder"):
         run(make_recipe(max_steps=3, stage={"learn": {"connector": 1e-2}}))
+    assert held() == before
 
 
 def test_a_device_that_is_not_here_is_named(make_recipe: MakeRecipe) -> None:

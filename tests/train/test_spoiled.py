@@ -32,16 +32,22 @@ def test_spoiled_rows_are_skipped_within_the_budget(
 
 
 @pytest.mark.parametrize("is_new", [True, False])
-def test_a_refused_run_leaves_no_folder_of_its_own(
-    make_recipe: Callable[..., Path], tmp_path: Path, is_new: bool
+@pytest.mark.parametrize("is_torn", [True, False])
+def test_a_refused_run_leaves_nothing_of_its_own(
+    make_recipe: Callable[..., Path], rows: Path, tmp_path: Path, is_new: bool, is_torn: bool
 ) -> None:
+    """A picture that is missing is found before the run, one that is torn when the first step reads it."""
     path = tmp_path / "rows.jsonl"
+    if is_torn:
+        (tmp_path / "gone.png").write_bytes((rows / "0.png").read_bytes()[:60])
     turns = '[{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "A dog."}]'
     path.write_text(f'{{"id": "a", "image": "gone.png", "conversations": {turns}}}\n')
     output = tmp_path / "run"
     if not is_new:
         output.mkdir()
+        (output / "notes.txt").write_text("mine")
     recipe = make_recipe("refused", data=[{"rows": str(path)}], pictures=[str(tmp_path)], output=str(output))
     with pytest.raises(InputError, match=r"gone\.png"):
         run(recipe)
     assert output.exists() is not is_new
+    assert is_new or [path.name for path in output.iterdir()] == ["notes.txt"]

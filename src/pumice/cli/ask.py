@@ -14,7 +14,7 @@ import typer
 from typer import Argument, Option
 
 from pumice.cli import options, reading
-from pumice.errors import CAUSE, InputError, near, shorten, wrong_input
+from pumice.errors import CAUSE, InputError, counted, near, shorten, wrong_input
 from pumice.files import replacing
 from pumice.jsonl import AnswerFile, json_fault, json_text, print_json, wrong_json
 from pumice.progress import LOG_SECONDS, ProgressBar
@@ -197,15 +197,17 @@ def _ask_batch(source: Path, out: Path, asking: _Asking, slots: int) -> None:
         wrong_input(UnicodeDecodeError, f"'{source}' is not UTF-8 text; save it as UTF-8"),
     ):
         text = source.read_text(encoding="utf-8-sig")
-    # Not splitlines: it also splits at characters that JSON allows inside a text.
-    kind, lines = "line", text.split("\n")
+    numbered: Iterable[tuple[int, Any]]
     if text.lstrip().startswith("["):
         with wrong_json(f"the JSON list in '{source}' is malformed or cut off ({CAUSE}); fix the file"):
-            kind, lines = "row", [json_text(row) for row in json.loads(text)]
+            kind, numbered = "row", enumerate(json.loads(text), 1)
+    else:
+        # Not splitlines: it also splits at characters that JSON allows inside a text.
+        lines = enumerate(text.split("\n"), 1)
+        kind, numbered = "line", ((number, _parse(line)) for number, line in lines if line.strip())
     rows = [
-        _read_row(line, number, f"{kind} {number}", source.parent, asking.frames)
-        for number, line in enumerate(lines, 1)
-        if line.strip()
+        _read_row(values, number, f"{kind} {number}", source.parent, asking.frames)
+        for number, values in numbered
     ]
     if not rows:
         raise InputError(f"'{source}' holds no questions; write a JSON list or one JSON object per line")
@@ -214,8 +216,8 @@ def _ask_batch(source: Path, out: Path, asking: _Asking, slots: int) -> None:
     partial = out.with_name(f"{out.name}.partial")
     unread = dict.fromkeys(key for row in rows for key in row.unread)
     if unread:
-        listed = ", ".join(map(_named, unread))
-        print(f"pumice: '{source}' has keys that are not read: {listed}", file=sys.stderr)
+        names = ", ".join(map(_named, unread))
+        print(f"pumice: '{source}' has keys that are not read: {names}", file=sys.stderr)
     if out.exists() and not partial.exists():
         print(f"pumice: all rows are asked anew, and then '{out}' is replaced", file=sys.stderr)
     # 2. Answer the rows without an error. `partial` keeps the answers of a run that is stopped.
@@ -235,7 +237,7 @@ def _ask_batch(source: Path, out: Path, asking: _Asking, slots: int) -> None:
     if asking.as_json:
         print_json({"rows": len(rows), "answered": len(rows) - failed, "errors": failed, "out": str(out)})
     elif failed:
-        message = f"pumice: {failed} of {len(rows)} rows have an error instead of an answer"
+        message = f"pumice: {counted(failed, 'row', 'have', of=len(rows))} an error instead of an answer"
         print(f"{message}, the first {reason}", file=sys.stderr)
     if failed == len(rows):  # no row has an answer: the work has failed
         raise typer.Exit(1)
@@ -251,25 +253,33 @@ def _answer_rows(rows: list[_Row], partial: Path, asking: _Asking, slots: int) -
     asked = {"model": asking.model, "frames": asking.frames, **asking.opening.arguments(), **sampling}
     with AnswerFile(partial, questions, asked) as file, ProgressBar(log_seconds=LOG_SECONDS) as bar:
         if done := len(file.answers):
-            print(f"pumice: {done} of {len(rows)} answers are in '{partial}' already", file=sys.stderr)
+            ready = counted(done, "answer", "are", of=len(rows))
+            print(f"pumice: {ready} in '{partial}' already", file=sys.stderr)
         for answer in assistant.ask_each(questions[done:], slots=slots, **sampling):
             file.add(answer)
             bar.show(len(file.answers), len(rows), "answers")
     return file.answers
 
 
-def _read_row(line: str, number: int, label: str, folder: Path, frames: int | None) -> _Row:
-    """Parse one line. A relative path is searched in `folder`, then in the working folder.
+def _parse(line: str) -> Any:
+    """Return the value of a line of JSON, or the error of one that is none."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return error
 
-    number: its id where it has none. label: what messages call it. frames: of each video.
+
+def _read_row(values: Any, number: int, label: str, folder: Path, frames: int | None) -> _Row:
+    """Read one row. A relative path is searched in `folder`, then in the working folder.
+
+    values: of the row, or the error of its line. number: its id where it has none. label: what messages
+    call it. frames: of each video.
     """
     from pumice.conversation import Video, check_media
     from pumice.data.pictures import beside
 
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return _Row(number, error=f"{label} is not JSON ({json_fault(error)})")
+    if isinstance(values, ValueError | RecursionError):
+        return _Row(number, error=f"{label} is not JSON ({json_fault(values)})")
     if not isinstance(values, dict):
         return _Row(number, error=f"{label} is not an object with 'id' and 'question'")
     row_id = values.get("id", number)

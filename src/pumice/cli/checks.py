@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pumice import __version__
 from pumice.errors import InputError, counted, install
-from pumice.storage.memory import BUSY, busy_load, usable_cores
+from pumice.threads import BUSY, busy_load, usable_cores
 
 Level = Literal["ok", "note", "problem"]
 GPU_MEMORY = 1.5e9  # bytes; pumice-tiny needs about 1 GB
@@ -227,7 +227,7 @@ def _copies() -> Finding:
     says += f"{_size(limit)} ({LIMIT_VARIABLE}); what you delete there is made again when it is used"
     if size <= limit:
         return Finding("copies", says, value=size)
-    remedy = "that is over the limit: the next start from a copy removes the others, the least used first"
+    remedy = "that is over the limit: the next start of a model in few bits removes the least used"
     return Finding("copies", says, "note", remedy, size)
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -137,7 +136,8 @@ def check(
     else:
         _print_report(report)
         if fixed is not None:
-            print(f"{fixed}: " + tally(values["fixed"]))
+            counts = ", ".join(f"{name}: {count}" for name, count in values["fixed"].items())
+            print(f"{fixed} ({counts})")
         if processor is not None and sample:
             for opened in rows:
                 _print_sample(opened, finder, processor)
@@ -168,7 +168,8 @@ def _print_report(report: DataReport) -> None:
         print(f"... and {hidden} more; --json or --report lists all")
     for name, summary in report.sources.items():
         if len(report.sources) > 1:
-            print(f"\n{name}: {summary.usable} of {summary.rows} rows can be used")
+            usable = counted(summary.usable, "row", of=summary.rows)
+            print(f"\n{name}: {usable} can be used")
         for kind, count in summary.problems.most_common():
             print(f"{count:7} x {kind}")
         if tokens := summary.to_dict()["tokens"]:
@@ -183,7 +184,7 @@ def _print_report(report: DataReport) -> None:
             bar = max(5, min(40, shutil.get_terminal_size().columns - 24))  # characters of the longest bar
             for bin_name, count in tokens["histogram"].items():
                 print(f"  {bin_name:>12}  {'#' * round(bar * count / max_count):<{bar}} {count}")
-    print(f"{report.usable} of {report.rows} rows can be used")
+    print(f"{counted(report.usable, 'row', of=report.rows)} can be used")
 
 
 def _print_sample(rows: Rows, finder: ImageFinder, processor: Processor) -> None:
@@ -197,9 +198,3 @@ def _print_sample(rows: Rows, finder: ImageFinder, processor: Processor) -> None
         title = f"{rows.source}, row {index + 1} ({row.id})"
         print_row(title, sample.input_ids.tolist(), sample.labels.tolist(), processor.tokenizer)
         return
-
-
-def tally(counts: Mapping[str, int]) -> str:
-    """Return counts as text: {"rows written": 1} as "1 row written"."""
-    singular = {name: name.replace("rows ", "row ").replace("ids ", "id ") for name in counts}
-    return ", ".join(f"{n} {singular[name] if n == 1 else name}" for name, n in counts.items())

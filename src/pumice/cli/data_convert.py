@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from pumice.cli import options
-from pumice.cli.data_check import tally
 from pumice.cli.source import Source, SourceOptions
 from pumice.progress import ProgressBar
 
@@ -41,4 +40,4 @@ def convert(
             max_bad_rows=max_bad_rows,
             progress=lambda done: bar.show(done, len(rows), "rows"),
         )
-    print(f"{out}: " + tally(counts))
+    print(f"{out} ({', '.join(f'{name}: {count}' for name, count in counts.items())})")

@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from pumice.cli import options
 from pumice.cli.source import SourceOptions
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 from pumice.jsonl import print_json
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _write_page(
 
     shown = min(count, len(rows))
     write_page(((index + 1, read(index)) for index in range(shown)), finder, page, rows.label, box_maps)
-    print(f"{page}: {shown} of {len(rows)} rows ({rows.opened.form})")
+    print(f"{page}: {counted(shown, 'row', of=len(rows))} ({rows.opened.form})")
 
 
 def _draw(row: Row, finder: ImageFinder, config: ModelConfig | None) -> None:

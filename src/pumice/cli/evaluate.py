@@ -274,7 +274,7 @@ def _compare(
         )
     values = compare.compare(task, first_answers, second_answers, names, files)
     values["partial"] = len(common_ids) < asked.total
-    values["why_partial"] = f"{len(common_ids)} of {asked.total} questions" if values["partial"] else ""
+    values["why_partial"] = counted(len(common_ids), "question", of=asked.total) if values["partial"] else ""
     words = compare.format_comparison(values) + (
         f"\n  PARTIAL: {values['why_partial']}" if values["partial"] else ""
     )

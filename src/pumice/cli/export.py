@@ -19,22 +19,27 @@ def export(
         str, Option(help="hf (transformers, vLLM), llava (the original code), gguf, ollama, peft.")
     ],
     dtype: Annotated[
-        str, Option(help="Not gguf: store weights as fp16, bf16 or fp32; keep: as they are.")
-    ] = "keep",
+        str | None,
+        Option(help="Not gguf: store weights as fp16, bf16 or fp32; keep: as they are.", show_default="keep"),
+    ] = None,
     kind: Annotated[
-        str,
+        str | None,
         Option(
             "--type",
             help="gguf, ollama: f32, f16, bf16, q8_0, q4_0, q4_k_m, q5_k_m, q6_k; keep: few bits as stored.",
+            show_default="f16",
         ),
-    ] = "f16",
+    ] = None,
     tower_kind: Annotated[
         str | None,
         Option("--mmproj-type", help="The same of the half that sees: f16, q8_0 or f32.", show_default="f16"),
     ] = None,
     class_token: Annotated[
-        str, Option(help="shifted: for a CLIP in a llama.cpp that puts its class token last.")
-    ] = "first",
+        str | None,
+        Option(
+            help="shifted: for a CLIP in a llama.cpp that puts its class token last.", show_default="first"
+        ),
+    ] = None,
     tower_name: Annotated[
         str | None, Option(help="llava: the hub name from which its code builds the tower.")
     ] = None,

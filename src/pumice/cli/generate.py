@@ -70,8 +70,8 @@ def generate(
     finder = ImageFinder(settings.images) if settings.images else None
     contexts = gather(_sources(settings, bad_rows), finder, bad_rows, settings.limit)
     if bad_rows.count:
-        text = f"{bad_rows.count} annotations cannot be used and are left out; the first: {bad_rows.first[0]}"
-        print(text, file=sys.stderr, flush=True)
+        text = counted(bad_rows.count, "annotation", "are unusable and left out")
+        print(f"{text}; the first: {bad_rows.first[0]}", file=sys.stderr, flush=True)
     language = None if settings.language == "any" else settings.language
     job = runs.Job(
         contexts, _kinds(settings.kind), out, finder, settings.show, settings.examples, settings.told,
@@ -98,7 +98,9 @@ def generate(
     if as_json:
         print_json(values)
     else:
-        print(f"{statistics.accepted} of {statistics.total} rows survived; see {out / 'report.html'}")
+        print(
+            f"{counted(statistics.accepted, 'row', of=statistics.total)} survived; see {out / 'report.html'}"
+        )
     missing = sum(counts["no reply"] for counts in statistics.reasons.values())
     if missing and not offline:
         remedy = (
@@ -106,7 +108,7 @@ def generate(
             if stopped == "budget"
             else "run again to ask for them"
         )
-        raise WorkError(f"{missing} of {statistics.total} requests have no reply: {remedy}")
+        raise WorkError(f"{counted(missing, 'request', 'have', of=statistics.total)} no reply: {remedy}")
     if not statistics.accepted:
         raise WorkError(f"no row of {statistics.total} survived; {out / 'report.html'} says why")
 
@@ -183,8 +185,8 @@ def mix(
         for source in manifest["sources"]:
             reference = source["reference"]
             comparison = "" if reference is None else f" (LLaVA-1.5 has {reference['rows']:,})"
-            print(f"{source['name']}: {source['rows']:,} rows of {source['available']:,}{comparison}")
-        print(f"{manifest['rows']:,} row{'s' * (manifest['rows'] != 1)} in {out}")
+            print(f"rows of {source['name']}: {source['rows']:,} of {source['available']:,}{comparison}")
+        print(f"rows in {out}: {manifest['rows']:,}")
     for source in manifest["sources"]:
         if source["reference"] and (difference := source["reference"]["sentence"]):
             raise WorkError(difference)

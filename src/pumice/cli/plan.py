@@ -27,7 +27,7 @@ def plan(
         str | None, Option(help="a100-80g, h100, rtx4090, ...; this machine if not given.")
     ] = None,
     gpu_memory: Annotated[float | None, Option(min=0.1, help="Memory of the GPU in GB.")] = None,
-    processes: Annotated[int, Option(min=1, help="GPUs that share the run.")] = 1,
+    processes: Annotated[int | None, Option(min=1, help="GPUs that share the run.", show_default="1")] = None,
     rows: Annotated[int | None, Option(min=1, help="Rows of an epoch, where they are not here.")] = None,
     overrides: Annotated[
         list[str] | None,
@@ -42,9 +42,11 @@ def plan(
     if (recipe is None) == (ask is None):
         raise InputError("give a recipe, or --ask MODEL, and not both")
     if ask is not None:
-        values = {"--gpu": gpu, "--gpu-memory": gpu_memory, "--rows": rows, "--set": overrides}
-        given = [name for name, value in values.items() if value] + ["--processes"] * (processes > 1)
-        if given:
+        values = {
+            "--gpu": gpu, "--gpu-memory": gpu_memory, "--processes": processes, "--rows": rows,
+            "--set": overrides,
+        }  # fmt: skip
+        if given := [name for name, value in values.items() if value]:
             raise InputError(f"{given[0]} is for recipes; --ask times this machine: leave it out")
         from pumice.train.plan.asking import plan_ask
 
@@ -67,7 +69,7 @@ def plan(
         recipe_path(recipe),
         gpu=gpu,
         gpu_memory=gpu_memory,
-        processes=processes,
+        processes=processes or 1,
         rows=rows,
     )
     _tell(estimate, as_json, describe(estimate), estimate.fits is not False)
@@ -146,7 +148,7 @@ def describe(plan: Plan) -> list[str]:
     lines += ["", f"disk: {plan.disk / 1e9:.2f} GB, {plan.checkpoint / 1e9:.2f} GB a checkpoint"]
     speed = f"time: {plan.tokens_per_second:,.0f} tokens/s"
     if plan.seconds is not None:
-        speed += f"; {plan.steps:,} steps ({plan.steps_per_epoch:,} an epoch), {_time(plan.seconds)}"
+        speed += f"; steps: {plan.steps:,} ({plan.steps_per_epoch:,} an epoch), {_time(plan.seconds)}"
     else:
         speed += "; --rows N tells steps and hours"
     lines.append(speed)

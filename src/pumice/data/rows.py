@@ -170,7 +170,11 @@ class Rows(Sequence[Row]):
         self.mapping = mapping or RowMapping()
         self.opened = open_source(name, part)
         if not len(self.opened):
-            raise InputError(f"'{path}' holds no rows; write a JSON list or one JSON object per line")
+            form = self.opened.form
+            remedy = "write a JSON list or one JSON object per line" if form == "JSON" else "add some"
+            if form in ("TSV", "CSV"):
+                remedy = "add some below its header"
+            raise InputError(f"'{path}' holds no rows; {remedy}")
 
     def __len__(self) -> int:
         return len(self.opened)

@@ -109,7 +109,9 @@ class Scan:
             )
         text = "".join(text for _, text in row.turns)
         if (unused := len(objects.boxes) - text.count(BOX_PLACEHOLDER)) > 0:
-            reason = f"{unused} of {len(objects.boxes)} boxes have no {BOX_PLACEHOLDER} in its texts"
+            reason = (
+                f"{counted(unused, 'box', 'have', of=len(objects.boxes))} no {BOX_PLACEHOLDER} in its texts"
+            )
             found.append(("boxes not used", reason))
         return found
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from pumice.config import IMAGE_TOKEN
 from pumice.engine.cache import CacheSlot
 from pumice.engine.sampling import Constraint, SamplingParams, TokenLogprob, token_logprobs
-from pumice.errors import ContextOverflow, InputError
+from pumice.errors import ContextOverflow, InputError, counted
 from pumice.model.llava import Llava
 
 Finish = Literal["stop", "length", "cancelled", "error"]
@@ -70,7 +70,8 @@ class Prompt:
         placeholders, image_tokens = int(is_placeholder.sum()), sum(image.count for image in self.images)
         if placeholders != image_tokens:
             raise ValueError(
-                f"input_ids hold {placeholders} image placeholders, the pictures give {image_tokens} tokens"
+                f"input_ids hold {counted(placeholders, 'image placeholder')}, the pictures "
+                f"give {counted(image_tokens, 'token')}"
             )
         text_ids = self.input_ids[~is_placeholder]
         if len(text_ids) and not (int(text_ids.min()) >= 0 and int(text_ids.max()) < vocabulary):
@@ -228,7 +229,10 @@ class Request:
         if image.key not in self._image_tokens:
             tokens = image.encode()
             if len(tokens) != image.count:
-                raise ValueError(f"a picture has {image.count} placeholders and {len(tokens)} image tokens")
+                raise ValueError(
+                    f"a picture has {counted(image.count, 'placeholder')} and "
+                    f"{counted(len(tokens), 'image token')}"
+                )
             self._image_tokens[image.key] = tokens
         return self._image_tokens[image.key]
 

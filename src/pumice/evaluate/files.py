@@ -265,9 +265,9 @@ def read_jsonl(file: DataFile) -> list[dict[str, Any]]:
             json.loads(line)
         raise InputError(f"{place} is no object: {shorten(line, 40)}; {file.remedy}")
     if broken:
+        lines = counted(len(broken), "line", "are", of=len(rows) + len(broken))
         raise InputError(
-            f"'{file}': {len(broken)} of {len(rows) + len(broken)} lines are cut off or not JSON, "
-            f"the first is line {broken[0]}; fetch it again"
+            f"'{file}': {lines} cut off or not JSON, the first is line {broken[0]}; fetch it again"
         )
     return rows
 

@@ -144,8 +144,8 @@ class JudgedTask(Task):
         replies = [reply for reply in found if reply is not None]
         if missing := [key for (key, _), reply in zip(prompts, found, strict=True) if reply is None]:
             raise InputError(
-                f"'{self.judge.path}' has no reply to {len(missing)} of {len(prompts)} answers (first: "
-                f"{missing[0]}); add --judge-url to ask for them"
+                f"'{self.judge.path}' has no reply to {counted(len(missing), 'answer', of=len(prompts))} "
+                f"(first: {missing[0]}); add --judge-url to ask for them"
             )
         grades = [parse(reply.text) for reply in replies]
         unparsed = grades.count(None)

@@ -73,7 +73,7 @@ def read_predictions(path: Path) -> Predictions:
         if not model and isinstance(row.get("model_id", row.get("model")), str):
             model = row.get("model_id", row.get("model"))
     if not rows:
-        raise InputError(f"'{path}' holds no answers; {len(broken)} of its lines are broken")
+        raise InputError(f"'{path}' holds no answers; {counted(len(broken), 'line', 'are')} broken")
     return Predictions(str(path), rows, broken, model)
 
 
@@ -186,7 +186,7 @@ def check(
     total = len(matched.answered) + len(matched.missing)
     unknown = [] if limited else matched.unknown
     checks: list[tuple[str, Sequence[Any]]] = [
-        (f"{len(matched.missing)} of {total} questions have no answer", matched.missing),
+        (f"{counted(len(matched.missing), 'question', 'have', of=total)} no answer", matched.missing),
         (f"{counted(len(unknown), 'answer', 'are')} to unknown questions", unknown),
         (
             f"{counted(len(matched.duplicates), 'answer', 'are')} to a question answered before",
@@ -202,6 +202,6 @@ def check(
         )
     if not matched.answered:
         raise InputError(
-            f"'{predictions.path}' answers none of the {total} questions; is it of another task?"
+            f"'{predictions.path}' answers none of {counted(total, 'question')}; is it of another task?"
         )
     return problems

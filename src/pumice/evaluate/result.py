@@ -147,9 +147,9 @@ def make_result(
     reasons = []
     selected = len(questions.questions)
     if questions.limited:
-        reasons.append(f"--limit {selected} of {questions.total} questions")
+        reasons.append(f"--limit {counted(selected, 'question', of=questions.total)}")
     if len(answered) < selected:
-        reasons.append(f"{selected - len(answered)} of {selected} questions unanswered")
+        reasons.append(f"{counted(selected - len(answered), 'question', of=selected)} unanswered")
     # 2. Compare the number of questions with the published versions: another version has other numbers.
     notes = answers.notes + score.notes
     same = questions.total in questions.known_sizes if questions.known_sizes else None

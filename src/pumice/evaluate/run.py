@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pumice.chat_client import ChatEndpoint, ask_in_order, with_images
-from pumice.errors import CAUSE, InputError, wrong_input
+from pumice.errors import CAUSE, InputError, counted, wrong_input
 from pumice.evaluate.task import Question, Task
 from pumice.files import replacing, whole_lines
 from pumice.jsonl import ResumableFile, read_values
@@ -125,7 +125,7 @@ def check_images(questions: Sequence[Question], *, allow_missing: bool) -> int:
     problems = [problem for image in images.values() if (problem := image.problem())]
     if problems and not allow_missing:
         raise InputError(
-            f"{len(problems)} of {len(images)} pictures are missing; the first: {problems[0]}; "
+            f"{counted(len(problems), 'picture', 'are', of=len(images))} missing; the first: {problems[0]}; "
             "or add --allow-missing, and the result is marked as partial"
         )
     return len(problems)

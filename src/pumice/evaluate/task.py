@@ -231,15 +231,13 @@ def options_note(answered: Sequence[Answered]) -> list[str]:
 
 
 def add_unread(score: Score, count: int, outcome: str) -> None:
-    """Add how many answers no rule reads, as a metric and in a note. outcome: "count as wrong", say."""
+    """Add how many answers no rule reads, as a metric and in a note.
+
+    outcome: in the plural, "name no option, which counts as wrong", say.
+    """
     score.metrics["unread"] = score.metrics.get("unread", 0.0) + count
     if count:
-        score.notes.append(_unread_note(count, outcome))
-
-
-def _unread_note(count: int, outcome: str) -> str:
-    verb, _, rest = outcome.partition(" ")
-    return f"{counted(count, 'answer', verb)} {rest.replace('count as', 'counts as') if count == 1 else rest}"
+        score.notes.append(counted(count, "answer", outcome))
 
 
 def mean_percent(values: Sequence[float]) -> float:

@@ -69,28 +69,29 @@ def export(
     to: str,
     target: str | os.PathLike[str],
     *,
-    dtype: str = "keep",
-    kind: str = "f16",
+    dtype: str | None = None,
+    kind: str | None = None,
     tower_kind: str | None = None,
-    class_token: str = "first",
+    class_token: str | None = None,
     drop_lora: bool = False,
     tower: str | None = None,
 ) -> Exported:
     """Write the model into the new folder `target`, in the format `to`, one of FORMATS.
 
-    dtype: one of DTYPES, for hf, llava and peft; "keep" leaves the stored types. kind, tower_kind,
-    class_token: for gguf and ollama, as in `gguf.write.write`. drop_lora: leave the adapters out instead of
-    merging them. tower: for llava, what its code builds the tower from. Raises InputError if the format
-    cannot hold the model or does not take an option, or the target exists; WorkError if the disk fails. The
-    folder appears complete or not at all.
+    dtype: one of DTYPES, for hf, llava and peft; by default "keep", which leaves the stored types. kind,
+    tower_kind, class_token: for gguf and ollama, as in `gguf.write.write`. drop_lora: leave the adapters out
+    instead of merging them. tower: for llava, what its code builds the tower from. Raises InputError if the
+    format cannot hold the model or does not take an option that is given, or the target exists; WorkError if
+    the disk fails. The folder appears complete or not at all.
     """
     # 1. Refuse before anything is written.
     check_known(to, FORMATS, f"there is no format {to!r} to export to")
-    check_known(dtype, DTYPES, f"there is no type {dtype!r} to store")
     in_gguf = to in ("gguf", "ollama")
-    if in_gguf and dtype != "keep":
-        raise InputError(f"dtype is not for {to}; give the type of its matrices with --type instead")
-    if not in_gguf and (kind, tower_kind, class_token) != ("f16", None, "first"):
+    if in_gguf and dtype is not None:
+        raise InputError(f"--dtype is not for {to}; give the type of its matrices with --type instead")
+    dtype = "keep" if dtype is None else dtype
+    check_known(dtype, DTYPES, f"there is no type {dtype!r} to store")
+    if not in_gguf and (kind, tower_kind, class_token) != (None, None, None):
         raise InputError(
             f"--type, --mmproj-type and --class-token are not for {to}; give the type of its weights with "
             "--dtype"
@@ -120,6 +121,8 @@ def export(
         elif to == "llava":
             notes = llava_write.write(fresh, model, tower)
         elif in_gguf:
+            kind = "f16" if kind is None else kind
+            class_token = "first" if class_token is None else class_token
             notes = gguf_write.write(fresh, model, kind, tower_kind, class_token)
             if to == "ollama":
                 notes += ollama.write_modelfile(fresh, model.config, Tokenizer(model.tokenizer))

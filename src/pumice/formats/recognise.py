@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from pathlib import Path
 
-from pumice.errors import InputError
+from pumice.errors import InputError, some
 from pumice.formats.families import FAMILIES, TOWERS, model_type
 from pumice.storage.json_file import Keys
 
@@ -41,9 +41,11 @@ def recognise(path: Path) -> FormatKind:
         return FormatKind.ADAPTER
     if any(path.glob("*.gguf")):
         return FormatKind.GGUF
+    names = sorted(child.name for child in path.iterdir())
     raise InputError(
-        f"{path / 'config.json'} is missing; the folder is not a whole model (of a "
-        "hub repository of GGUF files, name the type: owner/model:Q4_K_M)"
+        f"{path} is no whole model: it holds {some(names, 3) or 'nothing'}, but no config.json, "
+        f"{ADAPTER_CONFIG} or GGUF file; give the folder of a model (of a hub repository of GGUF files, name "
+        "the type: owner/model:Q4_K_M)"
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pumice.capability import Capability, fields
 from pumice.config import IMAGE_TOKEN, ModelConfig, VisionConfig
-from pumice.errors import check_known
+from pumice.errors import check_known, counted
 from pumice.geometry import Layout
 from pumice.model.adapters import add_lora
 from pumice.model.connector import Connector, arrange, average, check_image_tokens
@@ -150,7 +150,8 @@ class Llava(nn.Module):
         count = 0 if image_tokens is None else image_tokens.shape[:-1].numel()
         if placeholders != count:
             raise ValueError(
-                f"input_ids hold {placeholders} image placeholders, the pictures give {count} tokens"
+                f"input_ids hold {counted(placeholders, 'image placeholder')}, the pictures "
+                f"give {counted(count, 'token')}"
             )
         return self.place(to_device(input_ids, self.device), image_tokens if count else None)
 

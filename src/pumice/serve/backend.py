@@ -177,7 +177,7 @@ class Backend:
         request = await self._parse(CompletionRequest, body)
         count = request.n or 1
         if len(request.prompts) * count > MAX_ANSWERS:
-            message = f"{len(request.prompts)} prompts with {count} answers each are more than {MAX_ANSWERS}"
+            message = f"{len(request.prompts) * count} answers are asked for, at most {MAX_ANSWERS} are given"
             raise invalid("n", f"{message}; ask for fewer at once", "too_many_answers")
         sampling = self._sampling(request)
         if request.logprobs is not None:

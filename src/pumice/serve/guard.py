@@ -139,7 +139,7 @@ class Guard:
     def _check_connections(self) -> None:
         limit = self.settings.max_connections
         if self.gate.connections() > limit:
-            open_ones = f"more than {limit} connections are open"
+            open_ones = f"more than {counted(limit, 'connection', 'are')} open"
             raise busy(open_ones, 1, "too_many_connections", Connection="close")
 
     def _check_host(self, headers: Headers) -> None:

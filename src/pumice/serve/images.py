@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pumice.config import ModelConfig
 from pumice.conversation import Video
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 from pumice.geometry import tile_layout
 from pumice.images import EnormousImage, image_size, open_image
 from pumice.media import Frames, VideoPolicy
@@ -52,7 +52,7 @@ async def read_images(
     if len(images) > settings.max_images:
         raise invalid(
             images[settings.max_images][0],
-            f"the request shows {len(images)} pictures, {settings.max_images} are allowed; show fewer",
+            f"the request shows {counted(len(images), 'picture')}; show at most {settings.max_images}",
             "too_many_images",
         )
     fetched = await asyncio.gather(*(_fetch(param, image, fetcher, memory) for param, image in images))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from pumice.data.rows import ImageFinder
-from pumice.errors import InputError, official
+from pumice.errors import InputError, counted, official
 from pumice.synth.context import AnnotatedBox, BadAnnotation, BadRows, Context, normalised
 from pumice.synth.files import first_byte, items, json_lines, lines, visual_genome_images
 
@@ -238,7 +238,7 @@ def gather(
     Raises InputError on two contexts of one id, on none at all, and beyond what `spoiled` allows.
     """
     kept: dict[str, Context] = {}
-    with official(lambda: f"what stands behind the annotations of {len(kept)} pictures"):
+    with official(lambda: f"what stands behind the annotations of {counted(len(kept), 'picture')}"):
         for context in itertools.chain.from_iterable(sources):
             if limit is not None and len(kept) >= limit:
                 break

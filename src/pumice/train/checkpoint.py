@@ -161,15 +161,6 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def remove_unused(output: Path) -> None:
-    """Remove an output folder into which a run that was refused wrote nothing."""
-    lock, folder = output / ".lock", output / "checkpoints"
-    if {*output.iterdir()} == {lock, folder} and not any(folder.iterdir()):
-        lock.unlink()
-        folder.rmdir()
-        output.rmdir()
-
-
 def latest(
     folder: Path,
     recipe: dict[str, Any],

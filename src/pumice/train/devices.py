@@ -17,6 +17,7 @@ import torch
 from pumice.errors import InputError, WorkError
 from pumice.storage.memory import available_memory
 from pumice.storage.yaml_file import read_yaml
+from pumice.threads import fewer_threads
 from pumice.train.recipe import Recipe
 
 
@@ -155,3 +156,14 @@ def total_memory(device: torch.device) -> float | None:
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     return available_memory()
+
+
+def thread_notes(device_type: str) -> list[str]:
+    """Return a note where training would be faster with fewer threads: on a CPU that others use as well."""
+    threads = fewer_threads(torch.get_num_threads()) if device_type == "cpu" else None
+    if threads is None:
+        return []
+    return [
+        "other programs are busy: threads that wait for a core stop all the others, so with "
+        f"OMP_NUM_THREADS={threads} training may be many times as fast"
+    ]

@@ -23,8 +23,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from pumice.data.packing import Pack, Tree
-from pumice.errors import CAUSE, InputError, WorkError, counted, wrong_input
-from pumice.files import hold
+from pumice.errors import InputError, WorkError, counted
 from pumice.formats.load import find_device
 from pumice.formats.pumice.folder import CONFIG
 from pumice.kernels.allocator import keep_freed_memory
@@ -43,7 +42,7 @@ from pumice.train.parallel import World
 from pumice.train.preflight import check_device, preflight
 from pumice.train.provenance import changed_code, code_digests, content_digests, is_own, versions
 from pumice.train.recipe import Recipe
-from pumice.train.report import PLOT, TrainingReport, draw_loss
+from pumice.train.report import PLOT, TrainingReport, draw_loss, output_folder
 from pumice.train.setup import Setup, prepare
 from pumice.train.speed import flops_per_prediction, flops_per_tile, flops_per_token
 from pumice.train.trackers import check_installed
@@ -166,26 +165,19 @@ class Trainer:
         SIGINT or SIGTERM saves a checkpoint after the current step, then raises KeyboardInterrupt.
         """
         # 1. Make the output folder, and lock it so that no second run writes there.
-        folder = self.recipe.output / "checkpoints"
-        is_new = not self.recipe.output.exists()
-        with wrong_input(
-            OSError, f"the output folder {self.recipe.output} cannot be made: {CAUSE}; name another"
-        ):
-            folder.mkdir(parents=True, exist_ok=True)
+        output = self.recipe.output
+        folder = output / "checkpoints"
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(self.features))
             if self.world.main:
-                output = self.recipe.output
-                if is_new:
-                    stack.callback(checkpoints.remove_unused, output)
-                stack.enter_context(hold(output / ".lock", f"using the output folder {output}"))
+                stack.enter_context(output_folder(output, lambda: self.step > 0))
             # 2. Resume from the newest checkpoint. A new run is checked before any compute is spent on it.
             resumed = self._resume(folder)
-            model = self.recipe.output / "model"
+            model = output / "model"
             if resumed and self.step == self.batches.steps and (model / CONFIG).is_file():
                 print(f"already finished: step {self.step} of {self.step}", file=sys.stderr)
-                if self.world.main and not (self.recipe.output / PLOT).is_file():
-                    draw_loss(self.recipe.output)
+                if self.world.main and not (output / PLOT).is_file():
+                    draw_loss(output)
                 return model
             if not resumed and self.world.main:
                 preflight(self.setup, self.batches)

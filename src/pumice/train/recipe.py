@@ -35,7 +35,7 @@ from pydantic_core import PydanticCustomError
 from pumice.capability import MODE_FIELDS, MODE_MARKS, MODE_VIDEO, only
 from pumice.config import ImagePolicy, ModelConfig
 from pumice.config_json import as_stored, from_dict
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 from pumice.media import BoxFormName
 from pumice.storage.yaml_file import read_yaml, set_key
 from pumice.templates import OWN
@@ -296,7 +296,8 @@ class Recipe(RecipeSection):
         for name in self.stage.learn:
             if (blocks := BLOCKS.fullmatch(name)) and int(blocks[3]) >= (depth := depths[blocks[1]]):
                 raise InputError(
-                    f"stage.learn names {name}, but the {blocks[1]} has {depth} blocks, counted from 0"
+                    f"stage.learn names {name}, but the {blocks[1]} has {counted(depth, 'block')}, counted "
+                    "from 0"
                 )
         # A stage may shorten the context to save memory, but the LLM has no positions beyond its own.
         decoder = config.decoder

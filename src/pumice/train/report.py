@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,12 @@ from typing import Any
 import yaml
 
 from pumice.errors import CAUSE, install, wrong_input
-from pumice.files import replacing, whole_lines
+from pumice.files import hold, replacing, whole_lines
 from pumice.progress import ProgressBar, can_redraw
 from pumice.train.recipe import Recipe
-from pumice.train.trackers import TRACKERS
+from pumice.train.trackers import TRACKERS, WRITTEN
 
-METRICS, PLOT = "metrics.jsonl", "loss.png"  # files in the run's folder
+LOCK, RECIPE, METRICS, PLOT = ".lock", "recipe.yaml", "metrics.jsonl", "loss.png"  # files in the run's folder
 LOG_SECONDS = 30.0  # between two lines where no bar can be drawn
 # The types of what is read back of an event.
 _NUMBERS, _TEXTS = ("step", "loss", "held_out_loss"), ("question", "reference", "answer")
@@ -47,7 +50,7 @@ class TrainingReport:
         if enabled:
             self._drop_after(step)
             # The file holds every default and override, so that it alone repeats the run.
-            with replacing(recipe.output / "recipe.yaml") as file:
+            with replacing(recipe.output / RECIPE) as file:
                 yaml.safe_dump(recipe.stored(), file, sort_keys=False, allow_unicode=True)
         # 2. Say what learns before the first step, while stopping costs nothing.
         for line in description:
@@ -128,6 +131,32 @@ class TrainingReport:
         # A crash during this write leaves the old file whole.
         with replacing(self.path) as file:
             file.writelines(json.dumps(event) + "\n" for event in events)
+
+
+@contextlib.contextmanager
+def output_folder(output: Path, has_begun: Callable[[], bool]) -> Iterator[None]:
+    """Make a run's output folder, and lock it so that no second run writes there.
+
+    What the run wrote is removed if it ends before its first step. has_begun: whether it has done a step, or
+    resumes. Raises InputError if the folder cannot be made or another run uses it.
+    """
+    with wrong_input(OSError, f"the output folder {output} cannot be made: {CAUSE}; name another"):
+        is_new = not output.exists()
+        before: set[Path] = set() if is_new else {*output.iterdir()}
+        (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+    lock = hold(output / LOCK, f"using the output folder {output}")
+    try:
+        with lock:
+            yield
+    finally:
+        if not has_begun():
+            for path in {output / name for name in (LOCK, RECIPE, METRICS, "checkpoints", *WRITTEN)} - before:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            if is_new and not any(output.iterdir()):
+                output.rmdir()
 
 
 def draw_loss(output: Path) -> None:

@@ -42,9 +42,9 @@ from pumice.model.llava import Llava
 from pumice.model.quantized_base import QuantizedLinear, quantize_base
 from pumice.model.vision import ViT
 from pumice.processor import Processor
-from pumice.storage.memory import fewer_threads
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import LazyTensor, close_last_file
+from pumice.train.devices import thread_notes
 from pumice.train.recipe import BLOCKS, Recipe
 from pumice.train.shapes import draw_parts
 
@@ -81,12 +81,7 @@ class Setup:
         for part, size in sizes.items():
             status = f"learns at {learn[part]:g}" if part in learn else "frozen"
             lines.append(f"  {part:<10} {size / 1e6:8.2f} M parameters  {status}")
-        if self.device.type == "cpu" and (threads := fewer_threads(torch.get_num_threads())) is not None:
-            lines.append(
-                "  Other programs are busy. Threads that wait for a core stop all the others, so with "
-                f"OMP_NUM_THREADS={threads} training may be many times as fast."
-            )
-        return lines
+        return lines + [f"  {note}" for note in thread_notes(self.device.type)]
 
     def record_max_images(self, images: int) -> None:
         """Record in the model's config that rows of this stage show up to `images` images.

@@ -52,6 +52,7 @@ class WandB:
         self._run.finish()
 
 
+WRITTEN = ("tensorboard", "wandb", "wandb.json")  # in the output folder
 TRACKERS: dict[str, type[TensorBoard] | type[WandB]] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 

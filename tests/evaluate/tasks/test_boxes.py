@@ -259,7 +259,8 @@ def test_the_best_of_several_right_boxes_counts(data: Any, scored: Callable[...,
     result = scored("own", dict.fromkeys(ids, "[0.0, 0.0, 0.1, 0.1] or [0.5, 0.5, 1, 0.75]"))
     assert result["metrics"]["score"] == 0  # the first box is the answer
     result = scored("own", dict.fromkeys(ids, "On the right."))
-    assert result["metrics"]["unread"] == 4 and "4 answers hold no box and count as wrong" in result["notes"]
+    assert result["metrics"]["unread"] == 4
+    assert "4 answers hold no box, which counts as wrong" in result["notes"]
 
 
 @pytest.mark.parametrize("unit", ["real", "norm1000"])

@@ -272,11 +272,11 @@ def test_answers_that_no_rule_reads_are_counted(data: Any, scored: Any) -> None:
     data.text("MMStar.tsv", "\n".join("\t".join(line) for line in (header, *rows)) + "\n")
     result = scored("mmstar", {"1": "A", "2": "It is w"})
     assert result["metrics"]["unread"] == 1
-    assert "1 answer begins with no option's letter and counts as wrong" in result["notes"]
+    assert "1 answer begins with no option's letter, which counts as wrong" in result["notes"]
     choices = {f"choice_{letter}": letter for letter in "abcd"}
     row = {"question": "?", **choices, "answer": "A", "data_type": "image", "data_id": "p"}
     seed = [{"question_id": number, **row} for number in (1, 2)]
     data.json("SEED-Bench.json", {"questions": seed})
     result = scored("seed", {"1": "A", "2": "A."})
     assert (result["metrics"]["accuracy"], result["metrics"]["unread"]) == (50, 1)
-    assert "1 answer is no letter alone and counts as wrong, as in the original" in result["notes"]
+    assert "1 answer is no letter alone, which counts as wrong, as in the original" in result["notes"]

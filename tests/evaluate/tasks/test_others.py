@@ -308,8 +308,9 @@ def test_unread_answers_to_your_own_file_are_told(data: Any, scored: Any) -> Non
     result = scored("own", {"a": "A", "b": "Not A", "c": "Yes.", "d": "unsure"})
     assert result["metrics"]["unread"] == 2
     assert result["notes"] == [
-        "1 answer names no option and counts as wrong", "1 answer says neither yes nor no and counts as yes",
-    ]  # fmt: skip
+        "1 answer names no option, which counts as wrong",
+        "1 answer says neither yes nor no, which counts as yes",
+    ]
 
 
 @pytest.mark.parametrize("metric", ["contains", "vqa", "exact"])

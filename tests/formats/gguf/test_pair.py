@@ -440,8 +440,10 @@ def test_the_cache_is_bounded(
     export(models.tiny(models.ARCHITECTURES["SigLIP + Qwen2, squash"], seed=1), "gguf", other, kind="q8_0")
     [second] = converted(other, cache_limit=1.5 * size / 1e9)
     assert second != first  # the one that was not used for longest is gone
+    assert converted(pair, cache_limit=0.1 * size / 1e9) == []  # neither it nor those of others fit
     monkeypatch.setenv("PUMICE_CACHE_LIMIT", "0")
-    assert converted(pair) == [second]
+    assert converted(pair, cache_limit=20) == [first]
+    assert converted(pair) == []  # also its own copy of before
     assert "is converted at every start: its copy would take" in caplog.text
     monkeypatch.setenv("PUMICE_CACHE_LIMIT", "many")
     with pytest.raises(InputError, match="PUMICE_CACHE_LIMIT is 'many'; give a number of GB, 0 or more"):

@@ -209,7 +209,7 @@ def test_a_model_in_place_of_a_recipe_is_told_how_to_ask(name: str, tiny_folder:
 
 
 @pytest.mark.parametrize(
-    "option", ["--gpu=t4", "--gpu-memory=24", "--processes=2", "--rows=10", "--set=seed=1"]
+    "option", ["--gpu=t4", "--gpu-memory=24", "--processes=1", "--rows=10", "--set=seed=1"]
 )
 def test_options_of_recipes_are_not_left_out_without_a_word(option: str) -> None:
     result = CliRunner().invoke(app, ["plan", "--ask", "pumice-tiny", option])
@@ -218,10 +218,10 @@ def test_options_of_recipes_are_not_left_out_without_a_word(option: str) -> None
 
 
 def test_times_of_a_busy_machine_are_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(asking.os, "getloadavg", lambda: (0.4, 9.0, 9.0), raising=False)
+    monkeypatch.setattr(asking, "usable_cores", lambda: 2)
+    monkeypatch.setattr(asking, "busy_load", lambda: 0.4)
     assert asking.busy_notes() == ()
-    monkeypatch.setattr(asking.os, "getloadavg", lambda: (16.2, 0.0, 0.0), raising=False)
+    monkeypatch.setattr(asking, "busy_load", lambda: 16.2)
     (note,) = asking.busy_notes()
     assert "other programs use the cores (load 16.2)" in note
     cost = AskCost("none", {"tower": 1e9}, 2.0, 3.0, True)

@@ -19,7 +19,7 @@ from pumice.errors import InputError
 from pumice.model.llava import Llava
 from pumice.model.packed import PackedAttention, Run
 from pumice.train import devices, run
-from pumice.train.devices import find_gpu, gpu_of_driver, gpus, peak
+from pumice.train.devices import find_gpu, gpu_of_driver, gpus, peak, thread_notes
 from pumice.train.plan.estimate import GPU_UTILISATION, describe_device, plan
 from pumice.train.plan.footprint import Footprint, PackShape, measure
 from pumice.train.recipe import Recipe, load_recipe
@@ -190,6 +190,17 @@ def test_nothing_without_contents_is_left_behind() -> None:
         )
         is torch.Tensor
     )
+
+
+def test_threads_on_a_busy_machine_are_told_as_training_does(
+    make_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pumice.train.devices.fewer_threads", lambda threads: 1)
+    recipe = load_recipe(make_recipe())
+    (note,) = thread_notes("cpu")
+    assert "with OMP_NUM_THREADS=1 training may be" in note
+    assert plan(recipe, rows=10).notes == [note]
+    assert note not in plan(recipe, rows=10, gpu="rtx4090").notes  # another machine
 
 
 def test_rows_that_are_here_tell_the_steps(make_recipe: Callable[..., Path]) -> None:

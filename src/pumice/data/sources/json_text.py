@@ -12,7 +12,7 @@ import numpy as np
 
 from pumice.data.arrays import kept
 from pumice.data.sources.source import OpenFiles, Record, Source, reading
-from pumice.errors import CAUSE, InputError, wrong_input
+from pumice.errors import CAUSE, InputError, counted, wrong_input
 from pumice.jsonl import json_fault, wrong_json
 
 BOM = b"\xef\xbb\xbf"
@@ -283,8 +283,8 @@ def _object_spans(file: BinaryIO, start: int, name: str) -> Iterator[tuple[int, 
             return iter(rows)
         if objects == len(keys) > 0:
             raise InputError(
-                f"'{name}' is one JSON object of {objects} objects; write a list of rows, or one object per "
-                "line"
+                f"'{name}' is one JSON object of {counted(objects, 'object')}; write a list of rows, or one "
+                "object per line"
             )
         return iter([(begin, end)])
     # 3. Several, each in a line of its own or over several lines.

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 from pumice.evaluate.metrics.ptb import tokenize
 
 N = 4  # longest n-gram
@@ -50,7 +50,8 @@ class Cider:
         """
         if len(captions) != len(self._references):
             raise InputError(
-                f"{len(captions)} captions for {len(self._references)} pictures; give one for each"
+                f"{counted(len(captions), 'caption')} for "
+                f"{counted(len(self._references), 'picture')}; give one for each"
             )
         return [
             self._score(grams(tokenize(c)), refs) for c, refs in zip(captions, self._references, strict=True)

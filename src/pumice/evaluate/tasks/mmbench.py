@@ -106,7 +106,7 @@ class MMBench(Task):
         score = mean_score(first, {"accuracy": circular}, categories, notes)
         score.metrics["accuracy_every_rotation"] = mean_percent(right)
         score.metrics["accuracy_first_order"] = mean_percent(vanilla)
-        add_unread(score, letters.count(None), "name no option by the rules and count as wrong")
+        add_unread(score, letters.count(None), "name no option by the rules, which counts as wrong")
         score.values, score.statistic = list(right), mean_statistic(circular_values)
         return score
 

@@ -47,5 +47,5 @@ class MMStar(Task):
         unread = sum(not any(mmstar_right(text, letter) for letter in OPTION_COLUMNS) for _, text in answered)
         categories = {"ability": "category", "part": "part"}
         score = mean_score(answered, {"accuracy": values}, categories, options_note(answered))
-        add_unread(score, unread, "begin with no option's letter and count as wrong")
+        add_unread(score, unread, "begin with no option's letter, which counts as wrong")
         return score

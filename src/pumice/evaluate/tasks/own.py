@@ -167,10 +167,10 @@ def _without_denied(text: str, options: Mapping[str, str]) -> str:
 UNREAD: dict[str, tuple[Callable[[str, Any], bool], str]] = {
     "option": (
         lambda text, meta: read_option(text, meta["choices"]) is None,
-        "name no option and count as wrong",
+        "name no option, which counts as wrong",
     ),
-    "box": (lambda text, meta: not meta["box_map"].find(text), "hold no box and count as wrong"),
-    "yes_no": (lambda text, _: is_unclear(text), "say neither yes nor no and count as yes"),
+    "box": (lambda text, meta: not meta["box_map"].find(text), "hold no box, which counts as wrong"),
+    "yes_no": (lambda text, _: is_unclear(text), "say neither yes nor no, which counts as yes"),
 }
 
 

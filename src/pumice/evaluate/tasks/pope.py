@@ -98,7 +98,8 @@ def _llava_ids(file: DataFile, kind: str, labelled: Sequence[dict[str, Any]]) ->
     remedy = "take both from one version, or remove LLaVA's list"
     if len(rows) != len(labelled):
         raise InputError(
-            f"'{file}' lists {len(rows)} {kind} questions where {labels_file} has {len(labelled)}; {remedy}"
+            f"'{file}' lists {counted(len(rows), f'{kind} question')} where {labels_file} has "
+            f"{len(labelled)}; {remedy}"
         )
     for number, (row, label) in enumerate(zip(rows, labelled, strict=True), 1):
         if row.get("image") != label.get("image"):

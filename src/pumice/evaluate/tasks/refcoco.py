@@ -80,7 +80,7 @@ class RefCoco(Task):
         ]
         metrics = {"accuracy": [is_right(iou) for iou in ious], "mean_iou": [iou or 0.0 for iou in ious]}
         score = mean_score(answered, metrics, notes=[self.box_note()])
-        add_unread(score, ious.count(None), "hold no box and count as wrong")
+        add_unread(score, ious.count(None), "hold no box, which counts as wrong")
         return score
 
 

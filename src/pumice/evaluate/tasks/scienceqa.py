@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 from pumice.evaluate.files import ImageFolders, read_json, read_rows, write_json
 from pumice.evaluate.metrics.choice import scienceqa_option
 from pumice.evaluate.task import (
@@ -57,8 +57,8 @@ class ScienceQA(Task):
         images = ImageFolders(data, f"images/{folder}", folder)
         if missing := [key for key in ids if key not in problems]:
             raise InputError(
-                f"{len(missing)} of {len(ids)} problems of '{splits}' are not in '{file}', the first is "
-                f"{missing[0]}; fetch both from one version"
+                f"{counted(len(missing), 'problem', 'are', of=len(ids))} not in '{file}', the first is "
+                f"{missing[0]}; fetch it and '{splits}' from one version"
             )
         for key in ids:
             problem = problems[key]
@@ -87,7 +87,7 @@ class ScienceQA(Task):
         score = mean_score(answered, {"accuracy": values}, categories)
         image_accuracy = mean_percent(image_values) if image_values else float("nan")
         score.metrics = {"image_accuracy": image_accuracy, **score.metrics}
-        add_unread(score, options.count(-1), "name no option and count as wrong")
+        add_unread(score, options.count(-1), "name no option, which counts as wrong")
         score.statistic = mean_statistic(with_image)
         return score
 

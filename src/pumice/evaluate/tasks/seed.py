@@ -59,7 +59,7 @@ class SeedBench(Task):
         kinds = score.categories["kind"].items()
         score.metrics |= {f"accuracy_{name}": cell.value for name, cell in kinds}
         score.metrics["accuracy_first_letter"] = mean_percent(loose)
-        add_unread(score, unread, "are no letter alone and count as wrong, as in the original")
+        add_unread(score, unread, "are no letter alone, which counts as wrong, as in the original")
         return score
 
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:

@@ -78,18 +78,21 @@ def cached(key: str, state: LazyStateDict, limit: float | None = None, label: st
 
     key: a hash of all that determines the matrices. limit: the bytes that the cache may take; None: as
     `cache_limit` says. label: names the source in a message on the first storing, "" for none. If they are
-    too large for the cache, or it cannot be written, the state is returned unchanged.
+    too large for the cache, or it cannot be written, the state is returned unchanged. Older copies beyond the
+    limit are removed.
     """
     folder = copies_folder() / key
     limit = cache_limit() if limit is None else limit
     try:
+        size = sum(tensor.size for tensor in as_bytes(state).values())
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if reason := _too_large(size, limit, folder):
+            if label:
+                _LOG.warning("%s is converted at every start: %s", label, reason)
+            shutil.rmtree(folder, ignore_errors=True)
+            _trim(limit, folder)
+            return state
         if not folder.exists():
-            size = sum(tensor.size for tensor in as_bytes(state).values())
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            if reason := _too_large(size, limit, folder.parent):
-                if label:
-                    _LOG.warning("%s is converted at every start: %s", label, reason)
-                return state
             if label:
                 _LOG.warning("%s", _announcement(label, size, state, folder))
             with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder.parent) as scratch:
@@ -128,15 +131,15 @@ def cache_limit() -> float:
 
 
 def _too_large(size: int, limit: float, folder: Path) -> str | None:
-    """Return why a copy of `size` bytes is not kept, or None."""
+    """Return why a copy of `size` bytes is not kept in `folder`, or None."""
     if size > limit:
         return (
             f"its copy would take {size / 1e9:.1f} GB, and the cache is limited to {limit / 1e9:g} GB "
             f"(--cache-limit, {LIMIT_VARIABLE})"
         )
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        return f"its copy would take {size / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB left"
+    free = shutil.disk_usage(folder.parent).free
+    if size > free and not folder.exists():
+        return f"its copy would take {size / 1e9:.1f} GB, and {folder.parent} has {free / 1e9:.1f} GB left"
     return None
 
 

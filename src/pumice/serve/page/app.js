@@ -140,7 +140,8 @@ function facts(message) {
   const parts = [];
   if (message.finish === "stopped") parts.push("stopped");
   if (message.finish === "length") parts.push("cut at the token limit");
-  if (message.usage) parts.push(`${message.usage.completion_tokens} tokens`);
+  const tokens = message.usage?.completion_tokens;
+  if (tokens !== undefined) parts.push(tokens === 1 ? "1 token" : `${tokens} tokens`);
   if (message.seconds) parts.push(`${message.seconds.toFixed(1)} s`);
   return parts.join(" · ");
 }

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pumice import __version__
-from pumice.errors import InputError, check_known, official
+from pumice.errors import InputError, check_known, counted, official
 from pumice.files import replacing, sha256
 from pumice.storage.yaml_file import read_yaml
 from pumice.synth.checks import conversations
@@ -166,12 +166,15 @@ def _sample(available: int, source: MixSource, random: np.random.Generator, name
     if source.rows is not None:
         if source.rows > available:
             raise InputError(
-                f"{name}: {source.rows} rows are asked for, its files give {available}; ask for fewer"
+                f"{name}: {counted(source.rows, 'row', 'are')} asked for, its files give {available}; ask "
+                "for fewer"
             )
         return np.sort(random.permutation(available)[: source.rows])
     target_rows = math.floor(available * source.weight + 0.5)
     if not target_rows:
-        raise InputError(f"{name}: the weight {source.weight} of {available} rows takes none; raise it")
+        raise InputError(
+            f"{name}: the weight {source.weight} of {counted(available, 'row')} takes none; raise it"
+        )
     full_passes, extra_rows = divmod(target_rows, available)
     return np.concatenate(
         [np.tile(np.arange(available), full_passes), np.sort(random.permutation(available)[:extra_rows])]

@@ -18,7 +18,7 @@ from pumice.conversation import IMAGE_PLACEHOLDER
 from pumice.data.objects import WHERE
 from pumice.data.rows import Rows
 from pumice.data.sources.coco import most_given
-from pumice.errors import InputError
+from pumice.errors import InputError, counted
 from pumice.storage.plain_pickle import read_plain_pickle
 from pumice.synth.files import first_byte, items, pairs, visual_genome_images
 
@@ -83,8 +83,8 @@ def vqav2(inputs: ReaderInput) -> Iterator[Unit]:
             inputs.skipped["empty answer"] += 1
     if inputs.items != len(answers):
         raise InputError(
-            f"'{file}' has {inputs.items} questions and '{notes}' {len(answers)} answers; give both files of "
-            "one split"
+            f"'{file}' has {counted(inputs.items, 'question')} and '{notes}' "
+            f"{counted(len(answers), 'answer')}; give both files of one split"
         )
 
 
@@ -125,8 +125,8 @@ def ocrvqa(inputs: ReaderInput) -> Iterator[Unit]:
         questions, answers = book.get("questions") or [], book.get("answers") or []
         if len(questions) != len(answers):
             raise InputError(
-                f"'{inputs.file('dataset')}': book {key} has {len(questions)} questions and {len(answers)} "
-                "answers; mend it"
+                f"'{inputs.file('dataset')}': book {key} has {counted(len(questions), 'question')} and "
+                f"{counted(len(answers), 'answer')}; mend it"
             )
         suffix = PurePosixPath(str(book.get("imageURL") or "")).suffix or ".jpg"
         turns = tuple((q, a) for q, a in zip(questions, answers, strict=True) if str(a).strip())

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -42,6 +41,7 @@ from pumice.model.vision import WideningLinear
 from pumice.processor import Processor
 from pumice.storage.memory import free_on
 from pumice.storage.parts import LoadedParts
+from pumice.threads import BUSY, busy_load, usable_cores
 from pumice.tokens import Tokenizer
 
 ANSWER = 256  # tokens of the longest answer of `pumice ask`
@@ -49,7 +49,6 @@ ANSWER = 256  # tokens of the longest answer of `pumice ask`
 PROBE_BYTES = 128 << 20
 # An answer of so many tokens is timed up to ROUNDS times, until PROBE_SECONDS are over.
 TIMED_TOKENS, ROUNDS, PROBE_SECONDS = 16, 3, 1.0
-BUSY = 0.75  # the load of a core from which times are those of a busy machine
 QUESTION = "What is in this picture?"
 
 
@@ -134,8 +133,8 @@ def plan_ask(source: str, device: str | None = None) -> AskPlan:
 
 def busy_notes() -> tuple[str, ...]:
     """Return a note if other programs use the cores that are about to be timed."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if load <= BUSY * (os.cpu_count() or 1):
+    load = busy_load()
+    if load <= BUSY * usable_cores():
         return ()
     return (f"other programs use the cores (load {load:.1f}); without them all is faster than these times",)
 

@@ -22,7 +22,7 @@ from pumice.geometry import image_layout
 from pumice.model.packed import Run
 from pumice.storage.memory import GB
 from pumice.train.batches import Batches
-from pumice.train.devices import find_gpu, for_device, gpus, peak, total_memory
+from pumice.train.devices import find_gpu, for_device, gpus, peak, thread_notes, total_memory
 from pumice.train.parallel import check_shardable, needs_shards
 from pumice.train.plan.footprint import Footprint, PackShape, measure
 from pumice.train.recipe import Recipe
@@ -104,6 +104,7 @@ def plan(
     if any("." in part for part in recipe.stage.learn):
         notes.append("activations and time are counted as if all blocks of the part learned")
     device = describe_device(recipe, gpu, gpu_memory)
+    notes += thread_notes(device.kind)
     recipe = for_device(recipe, device.kind)
     packs, steps, per_epoch, step_tokens = _packs(recipe, config, rows, notes, processes)
     largest = max(packs, key=lambda pack: (pack.tokens, pack.tiles))
