@@ -31,6 +31,7 @@ from rows.follow_up import follow_up_rows
 from rows.happening import happening_rows
 from rows.labels import coco_naming_rows, label_questions, list_rows
 from rows.naming import naming_align, naming_rows, read_named
+from rows.objects import object_rows
 from rows.presence import Question, as_test, choose, presence_rows, presence_test
 from rows.refusal import refusal_rows
 from rows.scene_rows import scene_rows
@@ -57,6 +58,7 @@ def photo_rows(photos: Sequence[Photo], seed: int) -> dict[str, list[Row]]:
         "counting": counting_rows(photos, seed),
         "colour": colour_rows(photos, seed),
         "happening": happening_rows(photos, seed),
+        "objects": object_rows(photos, seed),
         "conversation": conversation_rows(photos, questions, seed),
         "refusal": refusal_rows(photos, seed),
     }
@@ -77,6 +79,7 @@ def coco_rows(scenes: Sequence[Scene], seed: int) -> dict[str, list[Row]]:
         "coco_consensus": consensus,
         "coco_describe": describe_rows(captioned, seed),
         "coco_happening": happening_rows(captioned, seed),
+        "coco_objects": object_rows(captioned, seed),
         "coco_colour": colour_rows(captioned, seed),
         "coco_presence": presence_rows(chosen, seed, CATEGORIES),
         "coco_list": list_rows(scenes, seed),

@@ -25,7 +25,7 @@ SHIPPED = sorted([*(ROOT / "recipes").rglob("*.y*ml"), *(ROOT / "examples").rglo
 # They begin from what scripts of projects/pumice-tiny write.
 WIDENED = {
     ROOT / "recipes" / "pumice-tiny" / f"{name}.yaml"
-    for name in ("4-coco", "5-answers", "6-see", "7-see-both")
+    for name in ("4-coco", "5-answers", "6-see", "7-see-both", "8-more")
 }
 NAMES = {str(path.relative_to(ROOT)) for path in SHIPPED}
 DOCUMENTED = [
@@ -71,6 +71,7 @@ def test_all_published_recipes_are_there() -> None:
             "5-answers",
             "6-see",
             "7-see-both",
+            "8-more",
         )
     }
     assert expected_recipes | {"examples/finetune.yaml"} <= NAMES

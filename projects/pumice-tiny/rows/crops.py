@@ -16,9 +16,9 @@ from rows.coco import tells_sides
 
 # Sources that a crop leaves right, but for single rows that count things or tell sides.
 SOURCES = (
-    *("captions", "consensus", "describe", "happening", "presence", "refusal", "conversation"),
+    *("captions", "consensus", "describe", "happening", "presence", "refusal", "conversation", "objects"),
     *("coco_captions", "coco_consensus", "coco_describe", "coco_happening"),
-    *("coco_presence", "coco_list", "coco_naming", "coco_follow_up"),
+    *("coco_presence", "coco_list", "coco_naming", "coco_follow_up", "coco_objects"),
 )
 FOLDERS = ("flickr8k/", "coco/")  # an ImageNet photograph may be filled by its one thing
 LEAST = 0.6  # share of the picture that is kept

@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from rows.words import MANY_SUBJECTS, NOT_ACTIONS, ONE_SUBJECTS, PROGRESSIVE, SAME_SUBJECT, alternatives
+from rows.words import (
+    FUNCTION_WORDS,
+    MANY_SUBJECTS,
+    NOT_ACTIONS,
+    ONE_SUBJECTS,
+    PROGRESSIVE,
+    SAME_SUBJECT,
+    alternatives,
+)
 
-_FUNCTION = """in on at of with and is are to from by near through over under while as for into wearing
-holding standing sitting behind beside that who which next up down off out against across along around between
-has have its his her their an the two three four five six several some many group"""
 _HEADS = alternatives([*ONE_SUBJECTS, *MANY_SUBJECTS])
-_ADJECTIVE = rf"(?!(?:{alternatives(_FUNCTION)})\b)(?!(?:{_HEADS})\s)[a-z-]+,?"
+_ADJECTIVE = rf"(?!(?:{alternatives(FUNCTION_WORDS)})\b)(?!(?:{_HEADS})\s)[a-z-]+,?"
 _SEVERAL = ("two", "three", "four", "five", "six", "several", "some")
 _COLOUR_PAIR = rf"(?:{_ADJECTIVE} and {_ADJECTIVE} )?"
 _SUBJECT = re.compile(
@@ -101,7 +106,7 @@ def _splits_noun(tail: str, padded: str) -> bool:
     if not after.startswith(",") or not re.search(r"\b(a|an|the|some) [a-z-]+$", tail):
         return False
     following = after.strip(", ").split()[:1]
-    return bool(following) and not (following[0].endswith("ing") or following[0] in _FUNCTION.split())
+    return bool(following) and not (following[0].endswith("ing") or following[0] in FUNCTION_WORDS)
 
 
 def may_be_same(first: str, second: str) -> bool:

@@ -73,12 +73,12 @@ def subject_of(photo: Photo) -> tuple[str, bool] | None:
     for clause in clauses:
         agreeing = [c for c in clauses if c.head == clause.head]
         rivals = [c for c in clauses if not may_be_same(c.head, clause.head)]
-        if len(agreeing) >= 2 and not rivals and _alone(clause.head, photo):
+        if len(agreeing) >= 2 and not rivals and is_alone(clause.head, photo):
             return clause.head, clause.plural
     return None
 
 
-def _alone(head: str, photo: Photo) -> bool:
+def is_alone(head: str, photo: Photo) -> bool:
     """Whether "the man" can mean only one: no caption speaks of several, or of another."""
     if head in MANY_SUBJECTS:
         return True

@@ -141,6 +141,7 @@ def _third_person() -> dict[str, str]:
 
 
 PROGRESSIVE = _third_person()  # "runs" -> "running"
+FUNCTION_WORDS = _LISTS["function words"]
 NOT_ACTIONS = frozenset(_LISTS["not actions"])
 
 COLOURS = (
@@ -202,6 +203,10 @@ PLURAL_ONLY = frozenset(
     }
 )
 PLACES = _LISTS["places"]
+ACTING = _LISTS["acting"]
+PLACED = _LISTS["placed"]
+VAGUE = _LISTS["vague"]
+MASS = frozenset(_LISTS["mass"])
 PLACE_PREPOSITIONS = {
     "in": "in",
     "on": "on",
