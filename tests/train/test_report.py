@@ -122,12 +122,13 @@ def test_nobody_begins_in_a_folder_that_is_cleared(tmp_path: Path, monkeypatch: 
 def test_a_run_that_began_at_the_same_time_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def held(lock: Path, use: str) -> None:
         write_run(lock.parent)
+        lock.touch()
         raise InputError(f"another run is {use}")
 
     monkeypatch.setattr(report_module, "hold", held)
     with pytest.raises(InputError, match="another run is using"), output_folder(tmp_path, lambda: False):
         raise AssertionError("it has no lock")
-    assert all((tmp_path / name).exists() for name in ("checkpoints", *FILES, *FOLDERS))
+    assert all((tmp_path / name).exists() for name in ("checkpoints", ".lock", *FILES, *FOLDERS))
 
 
 def test_why_a_run_ended_is_told_also_where_its_folder_is_gone(tmp_path: Path) -> None:
