@@ -480,7 +480,7 @@ def test_wrong_videos(
         ("empty.mp4", "2", "'empty.mp4' is empty (0 bytes)"),
         ("none.gif", "2", "none.gif"),
         ("torn.mp4", "2", "torn.mp4 "),  # has no frame, or needs PyAV
-        ("long.gif", "100", "of 100 frames fit"),
+        ("long.gif", "100", "of 100 frames fit: show fewer (--frames)"),
         ("cat.png", "2", "--frames is for a video or an animation, and none is shown"),
     ):
         refused(run("ask", name, "What?", "--frames", count, *SHORT), words)

@@ -167,7 +167,7 @@ def test_malformed_rows_are_named(tmp_path: Path, name: str, value: Any, reason:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "holds no rows"),
+        ("", "holds no rows; write a JSON list or one JSON object per line"),
         ("\x00PNG", "is no text file"),
         ("[]", "holds no rows"),
         ("\n \n", "holds no rows"),
@@ -194,6 +194,13 @@ def test_malformed_files_are_named(tmp_path: Path, text: str, reason: str) -> No
     with pytest.raises(InputError) as caught:
         Rows(tmp_path / "f.json")
     assert reason in str(caught.value) and "f.json'" in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "separator"), [("t.csv", ","), ("t.tsv", "\t")])
+def test_a_header_alone_is_told_as_such(tmp_path: Path, name: str, separator: str) -> None:
+    (tmp_path / name).write_text(f"question{separator}answer\n")
+    with pytest.raises(InputError, match=rf"{name}' holds no rows; add some below its header"):
+        Rows(tmp_path / name)
 
 
 def test_unreadable_files_and_lines_are_named(tmp_path: Path) -> None:

@@ -59,9 +59,9 @@ def test_nothing_that_is_known(tmp_path: Path, files: dict[str, Any], message: s
 
 
 def test_a_folder_of_pictures_is_told_with_what_it_holds(tmp_path: Path) -> None:
-    for number in range(5):
-        (tmp_path / f"{number}.jpg").touch()
-    with pytest.raises(InputError, match=r"it holds 0\.jpg, 1\.jpg, 2\.jpg and 2 more, but no config\.json"):
+    for name in (".hidden", *"01234"):
+        (tmp_path / f"{name}.jpg").touch()
+    with pytest.raises(InputError, match=r"it holds 0\.jpg, 1\.jpg, 2\.jpg and 3 more, but no config\.json"):
         recognise(tmp_path)
 
 

@@ -22,18 +22,8 @@ def script(load_script: Callable[[Path], ModuleType]) -> Callable[[str], ModuleT
 
 MODULES = (
     *("attributes", "base", "boxes", "captions", "coco", "composites", "crops", "flickr", "follow_up"),
-    *(
-        "grammar",
-        "labels",
-        "mentions",
-        "nouns",
-        "objects",
-        "presence",
-        "refusal",
-        "scene_rows",
-        "text_only",
-        "vqa",
-    ),
+    *("grammar", "labels", "mentions", "nouns", "objects", "presence", "refusal", "scene_rows", "text_only"),
+    "vqa",
 )
 
 

@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from pumice.errors import InputError, WorkError
+from pumice.files import hold
+from pumice.train import report as report_module
 from pumice.train.recipe import load_recipe
-from pumice.train.report import TrainingReport, time_left
+from pumice.train.report import TrainingReport, output_folder, time_left
+
+FILES, FOLDERS = ("recipe.yaml", "metrics.jsonl", "wandb.json"), ("tensorboard", "wandb")  # of a run
+
+
+def write_run(output: Path) -> None:
+    """Write what a run with all trackers writes before its first step."""
+    for name in FOLDERS:
+        (output / name).mkdir(exist_ok=True)
+    for path in (*(output / name for name in FILES), *(output / name / "events" for name in FOLDERS)):
+        path.write_text("the run's")
+
+
+def refuse(output: Path) -> None:
+    with pytest.raises(WorkError, match="at its first step"), output_folder(output, lambda: False):
+        write_run(output)
+        raise WorkError("at its first step")
 
 
 @pytest.mark.parametrize(
@@ -55,6 +75,74 @@ def test_at_the_end_no_time_is_left(
 )
 def test_the_time_left_is_never_zero_minutes(seconds: float, shown: str) -> None:
     assert time_left(seconds) == shown
+
+
+def test_nothing_of_a_refused_run_stays(tmp_path: Path) -> None:
+    refuse(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "empty").mkdir()
+    refuse(tmp_path / "empty")
+    assert [*(tmp_path / "empty").iterdir()] == []
+
+
+@pytest.mark.parametrize("mine", [*FILES, *FOLDERS, "checkpoints"])
+def test_what_was_there_before_a_refused_run_stays(tmp_path: Path, mine: str) -> None:
+    path = tmp_path / mine
+    if mine in FILES:
+        path.write_text("mine")
+    else:
+        path.mkdir()
+        path = path / "mine.txt"
+        path.touch()
+    refuse(tmp_path)
+    assert path.is_file() and [child.name for child in tmp_path.iterdir()] == [mine]
+
+
+def test_a_run_that_has_begun_stays(tmp_path: Path) -> None:
+    with pytest.raises(WorkError), output_folder(tmp_path / "run", lambda: True):
+        write_run(tmp_path / "run")
+        raise WorkError("at its second step")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"checkpoints", ".lock", *FILES, *FOLDERS}
+
+
+def test_nobody_begins_in_a_folder_that_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cleared = []
+
+    def clear(path: Path, ignore_errors: bool) -> None:
+        with pytest.raises(InputError, match="another run"):
+            hold(tmp_path / "run" / ".lock", "here")
+        cleared.append(path.name)
+
+    monkeypatch.setattr(report_module.shutil, "rmtree", clear)
+    refuse(tmp_path / "run")
+    assert sorted(cleared) == ["checkpoints", *FOLDERS]
+
+
+def test_a_run_that_began_at_the_same_time_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def held(lock: Path, use: str) -> None:
+        write_run(lock.parent)
+        lock.touch()
+        raise InputError(f"another run is {use}")
+
+    monkeypatch.setattr(report_module, "hold", held)
+    with pytest.raises(InputError, match="another run is using"), output_folder(tmp_path, lambda: False):
+        raise AssertionError("it has no lock")
+    assert all((tmp_path / name).exists() for name in ("checkpoints", ".lock", *FILES, *FOLDERS))
+
+
+def test_why_a_run_ended_is_told_also_where_its_folder_is_gone(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    with pytest.raises(WorkError, match="at its first step"), output_folder(output, lambda: False):
+        shutil.rmtree(output)
+        raise WorkError("at its first step")
+
+
+def test_other_processes_make_no_folder(make_recipe: Callable[..., Path]) -> None:
+    """The first may have removed it just now, as it refused the run."""
+    recipe = load_recipe(make_recipe())
+    with TrainingReport(recipe, [], 0, 12, None, enabled=False):
+        assert not recipe.output.exists()
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80])

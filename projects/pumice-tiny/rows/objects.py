@@ -14,6 +14,7 @@ from rows.words import ACTING, COLOURS, MASS, PLACED, PROGRESSIVE, VAGUE, altern
 
 KEPT = 2  # questions of one photo, beside that on its sport
 SHORT = 0.35  # share of questions that ask for a single word or phrase
+SENTENCES = 0.6  # share of the other answers that repeat who does what
 ASKED = {
     "acting": ("What {be} the {who} {verb}?", "What {be} the {who} {verb} in this {img}?"),
     "beside": ("What is {verb} the {who}?", "What is {verb} the {who} in the {img}?"),
@@ -86,7 +87,7 @@ def object_turns(photo: Photo, random_: random.Random) -> list[Turn]:
         question = random_.choice(ASKED[kind]).format(img=random_.choice(IMAGES), **fields)
         if random_.random() < SHORT:
             turns[fields["verb"]] = question + SINGLE_PHRASE, capital(thing[0])
-        elif kind == "acting" and random_.random() < 0.6:
+        elif kind == "acting" and random_.random() < SENTENCES:
             sentence = "The {who} {be} {verb} ".format(**fields) + thing[1]
             turns[fields["verb"]] = casual(question, random_), f"{sentence}."
         else:
@@ -103,7 +104,8 @@ def sport_turn(photo: Photo, random_: random.Random) -> Turn | None:
         for name, means in sports.items()
     }
     named = [sport for sport, count in counts.items() if count]
-    if len(named) != 1 or counts[named[0]] < YES_CAPTIONS or "dog" not in mentions(photo.captions).no:
+    no_dog = "dog" in mentions(photo.captions).no
+    if len(named) != 1 or counts[named[0]] < YES_CAPTIONS or not no_dog:
         return None
     kind, name = named[0]
     question = random_.choice(SPORT + (BALL_SPORT if kind == "ball" else ())).format(

@@ -41,7 +41,7 @@ def recognise(path: Path) -> FormatKind:
         return FormatKind.ADAPTER
     if any(path.glob("*.gguf")):
         return FormatKind.GGUF
-    names = sorted(child.name for child in path.iterdir())
+    names = sorted((file.name for file in path.iterdir()), key=lambda name: (name.startswith("."), name))
     raise InputError(
         f"{path} is no whole model: it holds {some(names, 3) or 'nothing'}, but no config.json, "
         f"{ADAPTER_CONFIG} or GGUF file; give the folder of a model (of a hub repository of GGUF files, name "

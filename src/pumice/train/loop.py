@@ -42,7 +42,7 @@ from pumice.train.parallel import World
 from pumice.train.preflight import check_device, preflight
 from pumice.train.provenance import changed_code, code_digests, content_digests, is_own, versions
 from pumice.train.recipe import Recipe
-from pumice.train.report import PLOT, TrainingReport, draw_loss, output_folder
+from pumice.train.report import CHECKPOINTS, PLOT, TrainingReport, draw_loss, output_folder
 from pumice.train.setup import Setup, prepare
 from pumice.train.speed import flops_per_prediction, flops_per_tile, flops_per_token
 from pumice.train.trackers import check_installed
@@ -166,7 +166,7 @@ class Trainer:
         """
         # 1. Make the output folder, and lock it so that no second run writes there.
         output = self.recipe.output
-        folder = output / "checkpoints"
+        folder = output / CHECKPOINTS
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(self.features))
             if self.world.main:

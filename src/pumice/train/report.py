@@ -20,7 +20,8 @@ from pumice.progress import ProgressBar, can_redraw
 from pumice.train.recipe import Recipe
 from pumice.train.trackers import TRACKERS, WRITTEN
 
-LOCK, RECIPE, METRICS, PLOT = ".lock", "recipe.yaml", "metrics.jsonl", "loss.png"  # files in the run's folder
+# Files in the run's folder.
+CHECKPOINTS, LOCK, RECIPE, METRICS, PLOT = "checkpoints", ".lock", "recipe.yaml", "metrics.jsonl", "loss.png"
 LOG_SECONDS = 30.0  # between two lines where no bar can be drawn
 # The types of what is read back of an event.
 _NUMBERS, _TEXTS = ("step", "loss", "held_out_loss"), ("question", "reference", "answer")
@@ -45,9 +46,9 @@ class TrainingReport:
         """
         # 1. Open the files. A resumed run first removes the metrics of the steps that it will repeat.
         self.peak, self.enabled, self.steps = peak, enabled, steps
-        recipe.output.mkdir(parents=True, exist_ok=True)
         self.path = recipe.output / METRICS
         if enabled:
+            recipe.output.mkdir(parents=True, exist_ok=True)
             self._drop_after(step)
             # The file holds every default and override, so that it alone repeats the run.
             with replacing(recipe.output / RECIPE) as file:
@@ -143,19 +144,25 @@ def output_folder(output: Path, has_begun: Callable[[], bool]) -> Iterator[None]
     with wrong_input(OSError, f"the output folder {output} cannot be made: {CAUSE}; name another"):
         is_new = not output.exists()
         before: set[Path] = set() if is_new else {*output.iterdir()}
-        (output / "checkpoints").mkdir(parents=True, exist_ok=True)
-    lock = hold(output / LOCK, f"using the output folder {output}")
+        (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        lock = hold(output / LOCK, f"using the output folder {output}")
+
+    def remove(*names: str) -> None:
+        for path in () if has_begun() else {output / name for name in names} - before:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
     try:
-        with lock:
+        with lock, contextlib.ExitStack() as stack:
+            # While it holds the lock: afterwards another run may have begun to write there.
+            stack.callback(remove, CHECKPOINTS, RECIPE, METRICS, *WRITTEN)
             yield
     finally:
-        if not has_begun():
-            for path in {output / name for name in (LOCK, RECIPE, METRICS, "checkpoints", *WRITTEN)} - before:
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
-            if is_new and not any(output.iterdir()):
+        remove(LOCK)  # Windows removes no open file
+        if is_new:
+            with contextlib.suppress(OSError):  # it is not empty
                 output.rmdir()
 
 

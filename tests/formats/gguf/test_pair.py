@@ -7,7 +7,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -435,6 +435,9 @@ def test_the_cache_is_bounded(
 ) -> None:
     monkeypatch.setenv("PUMICE_CACHE", str(tmp_path / "cache"))
     [first] = converted(pair)
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+        assert converted(pair) == [first]  # a copy that is there needs no more room
     size = folder_size(first)
     other = tmp_path / "other"
     export(models.tiny(models.ARCHITECTURES["SigLIP + Qwen2, squash"], seed=1), "gguf", other, kind="q8_0")
