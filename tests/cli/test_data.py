@@ -204,7 +204,7 @@ def test_a_fixed_copy_of_another_form_is_llavas(run: Any, folder: Path) -> None:
     )
     result = run("data", "check", "rows.jsonl", "--fix", "fixed.json", model=False)
     assert result.exit_code == 0 and "<image> added: 1 picture without <image>" in result.stdout
-    assert "1 row given <image>" in result.stdout
+    assert "rows given <image>: 1" in result.stdout
     [row] = json.loads((folder / "fixed.json").read_text())
     assert row == {
         "id": "a", "image": "cat.png",

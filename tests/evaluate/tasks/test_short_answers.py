@@ -211,7 +211,7 @@ def test_pope_with_llavas_list_and_rows(pope: Any, scored: Any) -> None:
     with pytest.raises(InputError, match=r"adversarial question 1 is about 'other.jpg'"):
         scored("pope", rows)
     pope.lines("llava_pope_test.jsonl", listed[1:])
-    with pytest.raises(InputError, match=r"lists 1 adversarial questions where .* has 2"):
+    with pytest.raises(InputError, match=r"lists 1 adversarial question where .* has 2"):
         scored("pope", rows)
 
 

@@ -140,7 +140,7 @@ def test_a_7b_recipe_is_planned_without_its_weights() -> None:
     assert estimate.largest_pack is not None and estimate.largest_pack > estimate.pack_tokens
     assert any("1-align-7b.yaml" in note for note in estimate.notes)
     text = "\n".join(describe(estimate))
-    assert "6738.4 M" in text and "fits" in text and "5,198 steps" in text
+    assert "6738.4 M" in text and "fits" in text and "steps: 5,198" in text
     # Where rows are short, memory is foretold up to 16 times their largest pack: more may fit.
     short = dataclasses.replace(estimate, planned_pack=113, largest_pack=1792)
     assert "largest pack that fits: at least 1792 tokens" in "\n".join(describe(short))
