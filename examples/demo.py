@@ -10,15 +10,15 @@ import pumice
 
 HERE = Path(__file__).parent
 QUESTIONS = (
-    ("dog.jpg", "Where is the dog?"),
-    ("dog.jpg", "Is there a cat in the picture?"),
-    ("horses.jpg", "Where are the horses?"),
-    ("horses.jpg", "What colour is the sky?"),
-    ("kitten.jpg", "What animal is this?"),
-    ("musicians.jpg", "What are the people doing?"),
-    ("pavilion.jpg", "Is this inside or outside?"),
-    ("spaniels.jpg", "How many dogs are there?"),  # two; it counts badly
-)
+    ("dog.jpg", "Where is the dog?", ""),
+    ("dog.jpg", "Is there a cat in the picture?", ""),
+    ("horses.jpg", "Where are the horses?", ""),
+    ("horses.jpg", "What colour is the sky?", ""),
+    ("kitten.jpg", "What animal is this?", ""),
+    ("musicians.jpg", "What are the people doing?", ""),
+    ("pavilion.jpg", "Is this inside or outside?", ""),
+    ("spaniels.jpg", "How many dogs are there?", "two; it counts badly"),
+)  # photograph, question, what is right where the answer is wrong
 
 
 def main() -> int:
@@ -26,9 +26,11 @@ def main() -> int:
     try:
         assistant = pumice.load("pumice-tiny")
         loaded = time.perf_counter()
-        for picture, question in QUESTIONS:
+        for picture, question, right in QUESTIONS:
             print(f"\n{picture}\n  Q: {question}\n  A: ", end="", flush=True)
             print(assistant.ask(HERE / picture, question), flush=True)
+            if right:
+                print(f"     (wrong: {right})", flush=True)
     except pumice.InputError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

@@ -39,8 +39,12 @@ def main() -> None:
             sheet.paste(ImageOps.fit(photograph.convert("RGB"), (WIDTH, HEIGHT)), (x, y))
         answer = assistant.ask(HERE / name, question)
         draw.text((x, y + HEIGHT + 8), question, "#6b6259", ImageFont.load_default(17))
-        lines = "\n".join(textwrap.wrap(f"{answer} {wrong}".strip(), 38)[:3])
-        draw.multiline_text((x, y + HEIGHT + 32), lines, "#1d1a17", ImageFont.load_default(19), spacing=3)
+        lines = textwrap.wrap(answer, 38)[:2]
+        draw.multiline_text(
+            (x, y + HEIGHT + 32), "\n".join(lines), "#1d1a17", ImageFont.load_default(19), spacing=3
+        )
+        below = y + HEIGHT + 32 + 24 * len(lines)
+        draw.text((x, below), wrong, "#b3261e", ImageFont.load_default(16))
         print(f"{name}: {question} {answer} {wrong}")
     sheet.save(TARGET, quality=82, optimize=True, progressive=True)
     print(f"{TARGET}: {TARGET.stat().st_size:,} bytes")

@@ -204,10 +204,13 @@ class Processor:
 
     @property
     def answer_prefix(self) -> str:
-        """What the template has before an answer's text, and the model writes; "" if decoding drops it."""
+        """What the model may write before an answer's text, and nobody should read; "" if decoding drops it.
+
+        That is what the template has there, or else a blank. LLaVA's own code strips answers, too.
+        """
         if isinstance(self.template, Plain) or self.tokenizer.drops_space:
             return ""
-        return self.template.chat.answer[0]
+        return self.template.chat.answer[0] or " "
 
     def pieces(self, conversation: Conversation) -> list[str | ImagePart]:
         """Return the text of a prompt as the template writes it, cut where its pictures stand."""

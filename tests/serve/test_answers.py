@@ -37,7 +37,7 @@ def client(server: str) -> openai.OpenAI:
 def naive(exact: Assistant, *messages: Message, **sampling: Any) -> str:
     """What the model says without a cache, alone."""
     prompt = exact.prompt(Conversation(messages), **sampling)
-    return exact.processor.tokenizer.decode(naive_generate(exact.model, prompt))
+    return exact.processor.tokenizer.decode(naive_generate(exact.model, prompt)).removeprefix(" ")
 
 
 def user(text: str, *pictures: bytes) -> Message:

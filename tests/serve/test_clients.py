@@ -38,7 +38,8 @@ def naive(exact: Assistant, *messages: tuple[str, Any], continued: bool = False)
     """What the model says without a cache, alone. messages: (role, text or parts)."""
     turns = tuple(Message(role, (parts,) if isinstance(parts, str) else parts) for role, parts in messages)
     prompt = exact.prompt(Conversation(turns), continued=continued, max_new_tokens=8)
-    return exact.processor.tokenizer.decode(naive_generate(exact.model, prompt))
+    text = exact.processor.tokenizer.decode(naive_generate(exact.model, prompt))
+    return text if continued else text.removeprefix(" ")
 
 
 @pytest.mark.parametrize(
