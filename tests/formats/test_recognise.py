@@ -46,7 +46,7 @@ def test_contents_decide(tmp_path: Path, files: dict[str, Any], kind: FormatKind
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, r"is no whole model: it holds nothing, but no config\.json"),
+        ({}, r"is no whole model: it holds no config\.json"),
         ({"config": {"model_type": "bert"}}, "model_type is 'bert', which cannot be read; known are llava"),
         ({"config": {}}, "model_type is '', which cannot be read"),
         ({"config": {"model_type": "llava"}}, "has neither text_config nor mm_vision_tower"),

@@ -42,8 +42,9 @@ def recognise(path: Path) -> FormatKind:
     if any(path.glob("*.gguf")):
         return FormatKind.GGUF
     names = sorted((file.name for file in path.iterdir()), key=lambda name: (name.startswith("."), name))
+    held = f"it holds {some(names, 3)}, but" if names else "it holds"
     raise InputError(
-        f"{path} is no whole model: it holds {some(names, 3) or 'nothing'}, but no config.json, "
+        f"{path} is no whole model: {held} no config.json, "
         f"{ADAPTER_CONFIG} or GGUF file; give the folder of a model (of a hub repository of GGUF files, name "
         "the type: owner/model:Q4_K_M)"
     )
