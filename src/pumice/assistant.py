@@ -26,7 +26,7 @@ from pumice.engine.requests import Prompt, PromptImage, check_room
 from pumice.engine.sampling import SamplingParams
 from pumice.engine.sizes import check_sizes
 from pumice.engine.snapshot import Snapshot
-from pumice.errors import InputError, counted
+from pumice.errors import InputError
 from pumice.formats.load import check_bf16, find_device, name_of, open_model, usual_dtype
 from pumice.geometry import Layout
 from pumice.images import image_size, open_image, read_image
@@ -408,8 +408,7 @@ def too_many_images(config: ModelConfig, count: int) -> str | None:
     if config.trained_pictures is None:
         limit = "the model's folder does not say that it was trained on more than 1"
     return (
-        f"the conversation has {counted(count, 'picture')}, and {limit}: answers may be poor; ask about "
-        "fewer at a time"
+        f"the conversation has {count} pictures, and {limit}: answers may be poor; ask about fewer at a time"
     )
 
 

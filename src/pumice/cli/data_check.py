@@ -155,10 +155,7 @@ def _print_report(report: DataReport) -> None:
         if len(same) > 1:
             numbers = ", ".join(str(other.row) for other in same[:FOLDED])
             more = ", ..." if len(same) > FOLDED else ""
-            print(
-                f"{source}{counted(len(same), 'row')} ({numbers}{more}): {problem.kind}, the first: "
-                f"{problem.reason}"
-            )
+            print(f"{source}{len(same)} rows ({numbers}{more}): {problem.kind}, the first: {problem.reason}")
             continue
         # A malformed row has no id, and its reason names the row.
         prefix = f"{source}row {problem.row} ({problem.id}): " if problem.id else ""

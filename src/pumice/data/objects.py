@@ -63,8 +63,7 @@ def ask_for(
     if len(refs) != len(boxes) or not refs:
         raise InputError(
             f"'objects' has {counted(len(refs), 'name')} in 'ref' and {counted(len(boxes), 'box')} in "
-            "'bbox'; without words each "
-            "box needs its name"
+            "'bbox'; without words each box needs its name"
         )
     lines = [REF_PLACEHOLDER if box is None else f"{REF_PLACEHOLDER} {BOX_PLACEHOLDER}" for box in boxes]
     turns = [("human", question or LIST), ("gpt", "\n".join(lines))]
