@@ -377,8 +377,9 @@ def test_a_disk_that_is_not_there_is_left_to_the_client(monkeypatch: pytest.Monk
         assert next(looks) < 100
         return False
 
-    monkeypatch.setattr(Path, "exists", exists)
-    download._check_disk("owner/model", 1)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(Path, "exists", exists)
+        download._check_disk("owner/model", 1)
 
 
 def test_of_gguf_only_what_is_named_is_fetched(

@@ -161,10 +161,11 @@ def test_a_disk_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def no_drive(*_: Any, **__: Any) -> None:
         raise FileNotFoundError(2, "No such file or directory")
 
-    monkeypatch.setattr(Path, "exists", exists)
-    monkeypatch.setattr(Path, "mkdir", no_drive)
-    with pytest.raises(InputError, match=r"cannot write the model folder .*: No such file or directory"):
-        save(tmp_path / "m", CONFIG, STATE, tokenizer=WORDS)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(Path, "exists", exists)
+        elsewhere.setattr(Path, "mkdir", no_drive)
+        with pytest.raises(InputError, match=r"cannot write the model folder .*: No such file or directory"):
+            save(tmp_path / "m", CONFIG, STATE, tokenizer=WORDS)
 
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
