@@ -23,7 +23,7 @@ from rows.captions import align_rows, caption_rows
 from rows.coco import CATEGORIES, Scene, read_coco
 from rows.composites import SHAPES, Thing, draw_scene, draw_shape, read_stamps
 from rows.conversation import conversation_rows
-from rows.crops import crop_pictures
+from rows.crops import check_share, crop_pictures
 from rows.describe import describe_rows
 from rows.easy_vqa import easy_vqa_rows
 from rows.flickr import raw_captions, read_photos, split
@@ -107,8 +107,10 @@ def build(
 ) -> dict[str, dict[str, int]]:
     """Write every file below `out`; returns {"train/captions": {"rows": ..., "pictures": ...}, ...}.
 
-    cropped: share of photographs that training rows show as crops, where `rows.crops` allows it.
+    cropped: share of photographs that training rows show as crops, where `rows.crops` allows it. Raises
+    InputError.
     """
+    check_share(cropped)
     train, held = split(read_photos(photos_root), validation)
     cut_outs = read_stamps(stamps) if stamps else []
     things = [*cut_outs, *(Thing(name, "red", draw_shape(name, "red", 16)) for name in SHAPES)]
@@ -134,7 +136,7 @@ def build(
     sources["val/presence_rows"] = sources["val/presence"]
     sources["val/presence"] = presence_test(held, seed)
     if held_out:
-        sources["val/coco_presence_rows"] = sources["val/coco_presence"]
+        sources["val/coco_presence_rows"] = sources.get("val/coco_presence", [])  # none without labels
         sources["val/coco_presence"] = as_test(
             label_questions(held_out, seed), CATEGORIES, seed, "coco-presence"
         )

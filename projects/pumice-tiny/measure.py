@@ -29,6 +29,7 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
+from rows.base import read_lines
 
 import pumice
 from pumice.errors import InputError
@@ -111,10 +112,6 @@ def read_held_out(rows: Path, limit: int | None = None, of: str = "") -> HeldOut
             f"{rows} has {len(captions)} captioned pictures and {len(questions)} questions on them"
         )
     return HeldOut(captions, questions, len(pictures) < len(everything), vqa)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def ask_all(assistant: Any, asks: Sequence[tuple[Any, str]], label: str) -> list[str]:

@@ -191,6 +191,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if not arguments.target.absolute().parent.is_dir() or arguments.target.is_file():
+        raise InputError(f"'{arguments.target}' is a file, or its folder does not exist; make that first")
     random.seed(arguments.seed)
     torch.manual_seed(arguments.seed)
     opened = open_model(find_model(arguments.model), merge=False)

@@ -138,7 +138,8 @@ class Naming:
 def warm(setup: Setup, recipe: Recipe) -> list[float]:
     """Train the connector in place, on the pictures of the recipe's rows; returns each epoch's mean loss.
 
-    Every epoch's end is kept in `output`/epoch.pt, from which the same recipe goes on.
+    Every epoch's end is kept in `output`/epoch.pt, from which the same recipe goes on. Raises InputError
+    where there are fewer pictures than a batch has.
     """
     naming = Naming(setup, recipe)
     rate = recipe.stage.learn["connector"]
@@ -146,6 +147,8 @@ def warm(setup: Setup, recipe: Recipe) -> list[float]:
     optimizer = torch.optim.AdamW(learned, lr=rate, betas=recipe.betas, weight_decay=recipe.weight_decay)
     epochs, batch = round(recipe.epochs), recipe.batch
     per_epoch = len(naming.images) // batch
+    if not per_epoch:
+        raise InputError(f"the rows show {len(naming.images)} pictures, fewer than the batch of {batch}")
     checkpoint_path = recipe.output / "epoch.pt"
     means = resume(checkpoint_path, recipe, learned, optimizer)
     step = len(means) * per_epoch

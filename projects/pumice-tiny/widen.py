@@ -38,6 +38,8 @@ def widen(source: LoadedParts, size: int) -> LoadedParts:
     vision = source.config.vision
     if vision is None or vision.kind != "efficientnet_lite" or vision.also_stride:
         raise InputError("the model needs an EfficientNet-Lite tower without finer features")
+    if FIRST not in source.state:
+        raise InputError(f"the connector '{source.config.connector.kind}' has no layer that could be widened")
     wider = HEAD + fine_channels(vision.variant, FINE) * (vision.stride // FINE) ** 2
     vision = dataclasses.replace(vision, image_size=size, width=wider, also_stride=FINE)
     state = {name: stored.read(torch.float32) for name, stored in source.state.items()}

@@ -24,6 +24,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pumice"
 
 
+def nearest(path: Path) -> Path | None:
+    """Return the path, or the nearest of its parents that exists; None on a drive that does not."""
+    return next((place for place in (path, *path.parents) if place.exists()), None)
+
+
 def folder_size(folder: Path) -> int:
     """Return the bytes of all files in a folder; 0 if there is none."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from pumice.formats.load import open_model
 from pumice.formats.read import read_model, read_or_outline
 from pumice.formats.sizes import least_memory, weight_sizes
 from pumice.storage import download
+from pumice.storage.download import locate
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import as_lazy, write_weights
 from pumice.train.plan import asking
@@ -341,15 +343,80 @@ def test_a_full_disk_is_told_before_the_weights_are_fetched(
     read_model("owner/model")
 
 
-def test_a_disk_that_fills_up_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+FULL = r"the download of owner/model into .* does not fit; free some space"
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
-    with pytest.raises(
-        InputError, match=r"the download of owner/model into .* does not fit; free some space"
-    ):
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), FULL),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), FULL),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/cache/x"),
+            r"cannot keep owner/model in .*: Permission denied; set HF_HOME to a folder that you may write",
+        ),
+        (ConnectionError(errno.ECONNREFUSED, "Connection refused"), r"check the network"),
+    ],
+)
+def test_a_disk_that_fills_up_or_may_not_be_written_is_named(
+    error: OSError, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(InputError, match=message):
         download.from_hub("owner/model")
+
+
+def test_a_disk_that_is_not_there_is_left_to_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a drive of Windows, which is its own parent."""
+    looks = itertools.count()
+
+    def exists(_: Path) -> bool:
+        assert next(looks) < 100
+        return False
+
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(Path, "exists", exists)
+        download._check_disk("owner/model", 1)
+
+
+def test_of_gguf_only_what_is_named_is_fetched(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    names = ("m-Q4_K_M.gguf", "m-Q4_K_S.gguf", "m-mmproj-f16.gguf", "m-mmproj-f32.gguf")
+    for name in names:
+        (made / name).write_bytes(name.encode() * 100)
+    hub.add("owner/model", made)
+    # What no file is, or more than one, is refused before anything is fetched.
+    with pytest.raises(InputError, match="should have one GGUF file of type Q4, and has none"):
+        download.gguf_from_hub("owner/model:Q4")
+    usage = type(shutil.disk_usage("/"))
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, 1000))
+        for name in ("owner/model:Q4_K_S", "owner/model/m-Q4_K_S.gguf"):
+            with pytest.raises(InputError, match=r"the download of owner/model into .* needs 0\.00 GB"):
+                locate(name) if name.endswith(".gguf") else download.gguf_from_hub(name)
+    assert not any(file for file, _ in hub.sent)
+    for offline in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        model, mmproj = download.gguf_from_hub("owner/model:q4_k_s")
+        assert mmproj is not None and (model.name, mmproj.name) == (names[1], names[2])
+        assert model.read_bytes() == (made / names[1]).read_bytes()
+    assert {Path(file).name for file, size in hub.sent if file and size} == {names[1], names[2]}
+
+
+def test_two_copies_of_weights_are_compared_once_they_are_fetched(hub: Hub, folder: Path) -> None:
+    """A file and shards of it."""
+    remote = hub.add("owner/model", folder)
+    whole = (remote / "model.safetensors").read_bytes()
+    shard(remote)
+    (remote / "model.safetensors").write_bytes(whole)
+    assert read_or_outline("owner/model")[1] == stored(remote)
+    assert hub.weight_bytes() <= most_of_outline(remote)
 
 
 def test_a_config_that_cannot_be_read_is_refused_first(hub: Hub, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import platform
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from pumice.kernels import loader
+from pumice.kernels.compiler import compile_library
 
 KERNELS = Path(loader.__file__).parent
 
@@ -35,18 +37,42 @@ def test_where_there_is_a_compiler_there_is_compiled_code(weights: Any) -> None:
 
 
 @pytest.mark.parametrize("source", [*loader._PACKED_FILES, "-DDENSE"])
-@pytest.mark.parametrize("target", ["x86-64", "ivybridge", "haswell", "skylake-avx512", "sapphirerapids"])
-def test_every_generation_of_processors_has_its_code(target: str, source: str) -> None:
+@pytest.mark.parametrize(
+    ("machine", "target"),
+    [
+        *(
+            ("x86_64", name)
+            for name in ("x86-64", "ivybridge", "haswell", "skylake-avx512", "sapphirerapids")
+        ),
+        *(("aarch64", name) for name in ("armv8-a", "armv8.2-a+dotprod", "armv9-a")),
+    ],
+)
+def test_every_generation_of_processors_has_its_code(machine: str, target: str, source: str) -> None:
     """What cannot be compiled for a processor leaves it without OpenMP, and so to PyTorch, in silence."""
-    compiler = shutil.which("gcc")
-    if compiler is None or platform.machine() != "x86_64":
-        pytest.skip("needs gcc for x86-64")
+    compiler = shutil.which("gcc" if platform.machine() == machine else f"{machine}-linux-gnu-gcc")
+    if compiler is None:
+        pytest.skip(f"there is no gcc for {machine}")
     arguments = [source, "decode.c"] if source.startswith("-") else [source]
     command = [compiler, "-fsyntax-only", "-fopenmp", f"-march={target}", *arguments]
     process = subprocess.run(command, cwd=KERNELS, capture_output=True, text=True, check=False)
     if "bad value" in process.stderr:
         pytest.skip(f"this gcc does not know {target}")
     assert process.returncode == 0, process.stderr
+
+
+def test_a_compiler_that_knows_this_processor_by_another_option_has_threads(tmp_path: Path) -> None:
+    """As some for ARM and POWER, or one that does not know it at all."""
+    real = shutil.which("gcc")
+    if real is None or platform.machine() != "x86_64":
+        pytest.skip("needs gcc for x86-64, which takes both options")
+    (tmp_path / "threads.c").write_text("int threads(void) { return _OPENMP; }")
+    for number, unknown in enumerate(("-march=native", "-m*=native")):
+        compiler, library_path = tmp_path / "cc", tmp_path / f"{number}.so"
+        refusal = f"for option; do case $option in {unknown}) exit 1;; esac; done"
+        compiler.write_text(f'#!/bin/sh\n{refusal}\nexec {real} "$@"\n')
+        compiler.chmod(0o755)
+        compile_library([str(compiler)], [tmp_path / "threads.c"], library_path)
+        assert ctypes.CDLL(str(library_path)).threads() > 0
 
 
 def test_code_that_other_users_can_write_is_not_loaded(

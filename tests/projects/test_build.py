@@ -165,5 +165,75 @@ def test_training_rows_show_crops_where_they_stay_right(rows: Any, tmp_path: Pat
     with Image.open(tmp_path / "out" / f"crops/3/{image}") as made, Image.open(tmp_path / image) as whole:
         assert made.size == whole.size and made.convert("L").tobytes() != whole.convert("L").tobytes()
     assert set(shown(0, 4).values()) == {image} and not (tmp_path / "out" / "crops" / "4").exists()
-    with pytest.raises(InputError, match=r"--cropped is 1\.5; give a share between 0 and 1"):
-        shown(1.5, 5)
+
+
+def test_crops_are_of_the_upright_photograph(rows: Any, tmp_path: Path) -> None:
+    """As the whole one is shown. Its EXIF may say that the camera was turned."""
+    image = "coco/images/a.jpg"
+    (tmp_path / image).parent.mkdir(parents=True)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (64, 48)).save(tmp_path / image, exif=turned)
+    sources = {"train/captions": [rows.base.row("r", image, [("What is there?", "Dogs.")])]}
+    rows.crops.crop_pictures(sources, tmp_path, tmp_path, 1, 0)
+    with Image.open(tmp_path / f"crops/0/{image}") as made:
+        assert made.size == (48, 64)
+
+
+def test_a_wrong_share_of_crops_is_refused_before_anything_is_written(
+    build: ModuleType, tmp_path: Path
+) -> None:
+    make_photos(tmp_path / "photos", 12)
+    for share in (1.5, -0.1, float("nan")):
+        with pytest.raises(InputError, match=rf"--cropped is {share}; give a share between 0 and 1"):
+            build.build(tmp_path / "photos", tmp_path / "out", composites={"train": 1}, cropped=share)
+    assert not (tmp_path / "out").exists()
+
+
+def test_photographs_without_categories_are_asked_nothing_about_them(
+    build: ModuleType, tmp_path: Path
+) -> None:
+    make_photos(tmp_path, 12)
+    make_coco(tmp_path, 20)
+    for name in ("labels", "objects"):
+        (tmp_path / "coco" / f"{name}.jsonl").write_text("")
+    build.build(tmp_path, tmp_path / "out", composites={}, validation=4, coco_validation=6)
+    written = read_all(tmp_path / "out")
+    assert written["val/coco_presence.jsonl"] == [] and written["train/coco_captions.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("labels", '{"image": "a.jpg", "labels": ["unicorn"]}', "names unicorn, which is none of COCO's"),
+        ("objects", '{"image": "a.jpg", "complete": true}', r"objects\.jsonl', line 1 lacks objects"),
+        (
+            "vqa",
+            '\n{"image": "a.jpg", "question": "Why?"}',
+            r"vqa\.jsonl', line 2 lacks question_id, ans",
+        ),
+        ("vsr", "[]", r"vsr\.jsonl', line 1 lacks image, statement, label"),
+        ("vsr", '{"image": ', r"vsr\.jsonl', line 1: column \d+: it ends too early"),
+    ],
+)
+def test_a_wrong_file_of_coco_is_named(rows: Any, tmp_path: Path, file: str, text: str, message: str) -> None:
+    make_coco(tmp_path, 2)
+    (tmp_path / "coco" / f"{file}.jsonl").write_text(text)
+    with pytest.raises(InputError, match=message):
+        rows.coco.read_coco(tmp_path)
+
+
+def test_captions_of_an_unknown_photograph_are_refused(rows: Any, tmp_path: Path) -> None:
+    content = {"images": [], "annotations": [{"image_id": 7, "caption": "a dog"}]}
+    for read, name in ((rows.coco.read_coco, "coco"), (rows.flickr.read_photos, "flickr8k")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "captions.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=rf"{name}.captions\.json': its fields are not the official"):
+            read(tmp_path)
+
+
+def test_a_line_ends_only_where_json_ends_it(rows: Any, build: ModuleType, tmp_path: Path) -> None:
+    """Rows are written as people wrote them, also with what `splitlines` takes for the end of a line."""
+    text = "one\u2028two\x85three"
+    build.write({"rows": [{"text": text}]}, tmp_path)
+    assert rows.base.read_lines(tmp_path / "rows.jsonl", "text") == [{"text": text}]

@@ -111,6 +111,17 @@ def test_what_nobody_said_is_not_learnt(tuning: ModuleType, parts: Any) -> None:
     assert tuning.loss(scores, table).item() == pytest.approx(known.item() * 0.6931 / 2, rel=1e-3)
 
 
+def test_a_target_that_cannot_be_written_is_refused_first(
+    tuning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    for target in (tmp_path / "file", tmp_path / "no folder" / "model"):
+        arguments = ["tune_tower.py", str(tmp_path / "no model"), str(target), "--photos", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(InputError, match=f"'{target}' is a file, or its folder does not exist"):
+            tuning.main()
+
+
 def test_what_cannot_be_tuned_is_refused(
     tuning: ModuleType, wide: Path, tiny_folder: Path, parts: Any, tmp_path: Path
 ) -> None:

@@ -85,6 +85,11 @@ def test_words_are_told_from_pictures(warm: ModuleType, recipe: Any, capsys: Any
     assert len(losses) == 10 and losses[-1] < 0.5  # 1.1 without the picture
 
 
+def test_fewer_pictures_than_a_batch_are_refused(warm: ModuleType, recipe: Any) -> None:
+    with pytest.raises(InputError, match="the rows show 12 pictures, fewer than the batch of 13"):
+        run(warm, recipe(batch=13))
+
+
 def test_a_stopped_run_goes_on_as_if_unbroken(
     warm: ModuleType, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,13 @@ def test_a_wider_model_begins_with_the_same_function(widen: ModuleType, tiny_fol
     assert fine.numel() and not fine.any()
 
 
+def test_a_connector_without_layers_is_refused(widen: ModuleType, tiny_folder: Path) -> None:
+    narrow = open_parts(tiny_folder)
+    state = {name: tensor for name, tensor in narrow.state.items() if not name.startswith("connector.")}
+    with pytest.raises(InputError, match="has no layer that could be widened"):
+        widen.widen(dataclasses.replace(narrow, state=state), 64)
+
+
 def test_finer_features_are_not_added_twice(widen: ModuleType, tiny_folder: Path) -> None:
     with pytest.raises(InputError, match="needs an EfficientNet-Lite tower without finer features"):
         widen.widen(widen.widen(open_parts(tiny_folder), 64), 64)

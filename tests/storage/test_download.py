@@ -211,6 +211,15 @@ def test_hub_from_its_cache(hub: Path) -> None:
     assert locate("owner/tiny", ["*.json"]) == hub
 
 
+def test_a_damaged_index_in_the_cache_is_told(hub: Path) -> None:
+    index = hub / "model.safetensors.index.json"
+    index.write_text('{"weight_map": null}')
+    assert locate("owner/tiny") == hub  # who opens the weights says what is missing
+    index.write_text('{"weight_map": ["a.safetensors"]}')
+    with pytest.raises(InputError, match=r"index\.json: weight_map should be an object"):
+        locate("owner/tiny")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

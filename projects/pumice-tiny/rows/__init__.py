@@ -1,4 +1,4 @@
 """Training rows of `pumice-tiny`: pictures and their captions in, LLaVA-Instruct rows out.
 
-Standard library and pillow only; the same seed gives the same rows.
+Each source is one module. The same seed and the same pictures give the same rows.
 """

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pumice.errors import CAUSE, InputError
+from pumice.jsonl import wrong_json
 
 Row = dict[str, Any]
 SINGLE_PHRASE = "\nAnswer the question using a single word or phrase."
@@ -33,6 +37,24 @@ def table(name: str) -> dict[str, list[str]]:
         elif line.strip() and not line.startswith("#"):
             sections[section].append(line)
     return sections
+
+
+def read_lines(path: Path, *fields: str) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines. Raises InputError, which names a line that lacks a field."""
+    with wrong_json(f"'{path}' cannot be read: {CAUSE}"):
+        text = path.read_text(encoding="utf-8")
+    values = []
+    # Not splitlines: it also splits at characters that JSON allows inside a text.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        label = f"'{path}', line {number}"
+        with wrong_json(f"{label}: {CAUSE}", one_row=True):
+            value = json.loads(line)
+        if missing := [name for name in fields if not isinstance(value, dict) or name not in value]:
+            raise InputError(f"{label} lacks {', '.join(missing)}")
+        values.append(value)
+    return values
 
 
 def rng(seed: int, *names: str) -> random.Random:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rows.base import Photo, held_names, table
+from pumice.errors import InputError, official, some
+from rows.base import Photo, held_names, read_lines, table
 from rows.flickr import clean_caption
 from rows.nouns import Noun
 
@@ -72,31 +73,39 @@ class Scene:
         return [c for c in CATEGORIES if c not in self.labels and (self.boxes is not None or c not in SMALL)]
 
 
-def _lines(path: Path) -> Iterable[dict[str, Any]]:
-    return map(json.loads, path.read_text(encoding="utf-8").splitlines())
-
-
 def read_coco(photos: Path) -> list[Scene]:
-    """Every COCO photograph in order of name; [] where the folder has none."""
+    """Every COCO photograph in order of name; [] where there is no folder of them.
+
+    Raises InputError where a file is damaged, lacks a field, or names what is no category.
+    """
     folder = photos / FOLDER
     if not folder.is_dir():
         return []
-    content = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
-    files = {image["id"]: image["file_name"] for image in content["images"]}
     captions: dict[str, list[str]] = defaultdict(list)
-    for annotation in content["annotations"]:
-        captions[files[annotation["image_id"]]].append(annotation["caption"].strip())
-    labels = {line["image"]: frozenset(line["labels"]) for line in _lines(folder / "labels.jsonl")}
+    with official(lambda: f"'{folder / 'captions.json'}'"):
+        content = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+        files = {image["id"]: image["file_name"] for image in content["images"]}
+        for annotation in content["annotations"]:
+            captions[files[annotation["image_id"]]].append(annotation["caption"].strip())
+    labelled = read_lines(folder / "labels.jsonl", "image", "labels")
+    labels = {line["image"]: frozenset(line["labels"]) for line in labelled}
+    boxed = read_lines(folder / "objects.jsonl", "image", "objects", "complete")
     boxes = {
         line["image"]: tuple(Box(thing["name"], *thing["box"]) for thing in line["objects"])
-        for line in _lines(folder / "objects.jsonl")
+        for line in boxed
         if line["complete"]
     }
+    named = {name for names in labels.values() for name in names}
+    named |= {box.name for all_boxes in boxes.values() for box in all_boxes}
+    if unknown := sorted(named - CATEGORIES.keys()):
+        raise InputError(f"'{folder}' names {some(unknown)}, which is none of COCO's categories")
     vqa: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for line in _lines(folder / "vqa.jsonl"):
+    for line in read_lines(
+        folder / "vqa.jsonl", "question_id", "image", "question", "answers", "answer_type"
+    ):
         vqa[line["image"]].append(line)
     statements: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for line in _lines(folder / "vsr.jsonl"):
+    for line in read_lines(folder / "vsr.jsonl", "image", "statement", "label"):
         statements[line["image"]].append(line)
     return [
         Scene(

@@ -8,7 +8,7 @@ from rows.attributes import colour_turns, counting_turns
 from rows.base import SINGLE_PHRASE, Photo, Row, rng, row
 from rows.happening import happening_turns
 from rows.presence import Question, phrase
-from rows.prompts import CAPTION
+from rows.prompts import QUESTIONS
 
 SHARE = 0.4  # of the photos
 
@@ -22,7 +22,7 @@ def conversation_rows(
         random_ = rng(seed, "conversation", photo.name)
         if random_.random() > SHARE:
             continue
-        turns = [(random_.choice(CAPTION[:47]), random_.choice(photo.captions))]
+        turns = [(random_.choice(QUESTIONS), random_.choice(photo.captions))]
         asked = list(questions.get(photo.name, ()))
         random_.shuffle(asked)
         details = [*happening_turns(photo, seed), *counting_turns(photo, seed), *colour_turns(photo, seed)]

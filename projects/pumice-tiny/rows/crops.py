@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from pumice.errors import InputError
+from pumice.images import open_image
 from rows.base import Row, rng
 from rows.coco import tells_sides
 
@@ -35,16 +36,19 @@ def crop(picture: Image.Image, random_: random.Random) -> Image.Image:
     return picture.resize(picture.size, Image.Resampling.BICUBIC, box)
 
 
+def check_share(share: float) -> None:
+    """Raise InputError unless the share of photographs to crop is between 0 and 1."""
+    if not 0 <= share <= 1:
+        raise InputError(f"--cropped is {share}; give a share between 0 and 1")
+
+
 def crop_pictures(
     sources: Mapping[str, Sequence[Row]], photos_root: Path, out: Path, share: float, seed: int
 ) -> None:
     """Let the training rows of SOURCES show a crop of this share of their photographs, one of each.
 
-    Writes the crops below `out`/crops/SEED and changes `image` of the rows. Raises InputError unless the
-    share is between 0 and 1.
+    Writes the crops below `out`/crops/SEED and changes `image` of the rows.
     """
-    if not 0 <= share <= 1:
-        raise InputError(f"--cropped is {share}; give a share between 0 and 1")
     chosen: dict[str, str] = {}  # the photograph's path -> its crop's, or its own
     for source in SOURCES:
         for row in sources.get(f"train/{source}", ()):
@@ -69,6 +73,5 @@ def _write(image: str, photos_root: Path, out: Path, share: float, seed: int) ->
         return image
     path = f"crops/{seed}/{image}"
     (out / path).parent.mkdir(parents=True, exist_ok=True)
-    with Image.open(photos_root / image) as picture:
-        crop(picture.convert("RGB"), random_).save(out / path, "JPEG", quality=QUALITY)
+    crop(open_image(photos_root / image), random_).save(out / path, "JPEG", quality=QUALITY)
     return path

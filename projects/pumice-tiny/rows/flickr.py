@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from pumice.errors import official
 from rows.base import Photo, capital, held_names
 
 FOLDER = "flickr8k"
@@ -33,32 +34,27 @@ def clean_caption(text: str) -> str | None:
 
 
 def read_photos(photos: Path) -> list[Photo]:
-    """All photographs with at least one whole caption, in order of name."""
-    content = json.loads((photos / FOLDER / "captions.json").read_text(encoding="utf-8"))
-    captions: dict[int, list[str]] = defaultdict(list)
-    for annotation in content["annotations"]:
-        caption = clean_caption(annotation["caption"])
-        if caption is not None and caption not in captions[annotation["image_id"]]:
-            captions[annotation["image_id"]].append(caption)
-    chosen = [
-        Photo(
-            Path(image["file_name"]).stem,
-            f"{FOLDER}/images/{image['file_name']}",
-            tuple(captions[image["id"]]),
-        )
-        for image in content["images"]
-        if captions[image["id"]]
-    ]
+    """All photographs with at least one whole caption, in order of name. Raises InputError."""
+    chosen = []
+    for image, texts in raw_captions(photos).items():
+        captions = tuple(dict.fromkeys(c for c in map(clean_caption, texts) if c is not None))
+        if captions:
+            chosen.append(Photo(Path(image).stem, image, captions))
     return sorted(chosen, key=lambda photo: photo.name)
 
 
 def raw_captions(photos: Path) -> dict[str, list[str]]:
-    """Every caption as it was written, by picture path: what a caption score compares with."""
-    content = json.loads((photos / FOLDER / "captions.json").read_text(encoding="utf-8"))
-    names = {image["id"]: f"{FOLDER}/images/{image['file_name']}" for image in content["images"]}
+    """Every caption as it was written, by picture path: what a caption score compares with.
+
+    Raises InputError where the file is not as COCO writes it.
+    """
+    path = photos / FOLDER / "captions.json"
     captions: dict[str, list[str]] = defaultdict(list)
-    for annotation in content["annotations"]:
-        captions[names[annotation["image_id"]]].append(annotation["caption"].strip())
+    with official(lambda: f"'{path}'"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names = {image["id"]: f"{FOLDER}/images/{image['file_name']}" for image in content["images"]}
+        for annotation in content["annotations"]:
+            captions[names[annotation["image_id"]]].append(annotation["caption"].strip())
     return dict(captions)
 
 

@@ -130,7 +130,7 @@ def label_questions(scenes: Sequence[Scene], seed: int, per_photo: int = PER_PHO
 
 
 def list_turn(scene: Scene, random_: random.Random) -> Turn | None:
-    """The categories that are there, the rarest first to be left out when they are many."""
+    """Categories that are there, LISTED at most, in random order."""
     names = sorted(scene.labels or ())
     if not names:
         return None

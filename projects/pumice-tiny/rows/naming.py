@@ -86,7 +86,7 @@ def naming_rows(named: Sequence[Named], seed: int) -> list[Row]:
         random_ = rng(seed, "naming", item.key)
         turns = [_full(item, random_), _short(item, random_), *_yes_no(item, named, random_)]
         if item.animal and item.coarse in ANSWERS_ANIMAL:
-            kind = with_article(item.coarse) if item.coarse != "fish" else "a fish"
+            kind = with_article(item.coarse)
             question = random_.choice(ANIMAL_NAMING)
             same = item.coarse in item.bare.lower()
             turns.append((question, f"It is {item.full}." if same else f"It is {kind}, {item.full}."))

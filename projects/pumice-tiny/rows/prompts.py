@@ -56,6 +56,8 @@ CAPTION = (
     "Caption:",
 )
 
+QUESTIONS = CAPTION[:-2]  # as people ask in a conversation: without the last two, which begin the answer
+
 DETAIL = (
     "Describe this image in detail.",
     "Describe the following image in detail.",

@@ -1,7 +1,6 @@
 """Questions that presuppose a thing: refused when it is absent, answered when it is there.
 
-Colour questions come in equal numbers of both, with the same things asked, so that the words of
-the question do not betray the answer.
+Both ask of the same things, about as often, so that the words of a question hardly betray the answer.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def refuse(noun: Noun, random_: random.Random) -> str:
 
 
 def refusal_rows(photos: Sequence[Photo], seed: int) -> list[Row]:
-    """Equal numbers of presuppositions that hold and that fail, for the same nouns."""
+    """Presuppositions that hold, and about as many that fail, for the same nouns where photos lack them."""
     true_turns: list[tuple[Photo, str, str, tuple[str, str]]] = []
     for photo in photos:
         random_ = rng(seed, "refusal", photo.name)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from rows.base import SINGLE_PHRASE, Row, capital, casual, rng, row, table, with_article
 
-ROWS = 900
 Turn = tuple[str, str]
 Maker = Callable[[random.Random], list[Turn]]
 
@@ -207,7 +206,7 @@ MAKERS: tuple[tuple[Maker, float], ...] = (
 )
 
 
-def text_rows(seed: int, part: str = "train", number: int = ROWS) -> list[Row]:
+def text_rows(seed: int, part: str, number: int) -> list[Row]:
     """Different rows; the same question never comes twice."""
     random_ = rng(seed, "text", part)
     makers = [maker for maker, _ in MAKERS]

@@ -186,16 +186,17 @@ def _load(cores: int, available: str) -> Finding:
 
 def caches() -> list[Finding]:
     """Check the folder of downloaded parts, and each part in it."""
-    from pumice.files import cache_folder, folder_size
+    from pumice.files import cache_folder, folder_size, nearest
     from pumice.storage.download import WHEELS, cached, is_intact
 
     folder = cache_folder().absolute()
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if os.access(nearest, os.W_OK):
+    found = nearest(folder)
+    if found is not None and os.access(found, os.W_OK):
         findings = [Finding("pumice", f"{folder}, {_size(folder_size(folder))}", value=str(folder))]
     else:
         remedy = "set PUMICE_CACHE to a folder that you may write to"
-        findings = [Finding("pumice", f"{nearest} cannot be written to", "problem", remedy, str(folder))]
+        says = f"{found or folder} cannot be written to"
+        findings = [Finding("pumice", says, "problem", remedy, str(folder))]
     findings.append(_copies())
     for name, part in WHEELS.items():
         path = cached(part)

@@ -10,8 +10,10 @@ import torch
 
 TIMEOUT = 900  # seconds: twenty on an idle machine, minutes where twenty programs share a core
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC")
-# The fastest first; the first that the compiler accepts is used. Without OpenMP the code has one thread.
-TARGET_FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
+# The fastest first; the first that the compiler accepts is used. Some compilers for ARM and POWER know
+# "native" for -mcpu alone. Without OpenMP the code has one thread.
+_NATIVE = (("-march=native",), ("-mcpu=native",), ())
+TARGET_FLAGS = (*((*flags, "-fopenmp") for flags in _NATIVE), *_NATIVE)
 
 
 def compile_library(command: list[str], sources: list[Path], library_path: Path) -> Path:

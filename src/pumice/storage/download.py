@@ -23,9 +23,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from pumice.errors import CAUSE, InputError, wrong_input
-from pumice.files import cache_folder, sha256
-from pumice.storage.json_file import read_json
+from pumice.errors import CAUSE, InputError, some, wrong_input
+from pumice.files import cache_folder, nearest, sha256
+from pumice.storage.json_file import Keys, read_json
 from pumice.storage.outline import BLOCK_BYTES, current_outlines, write_outline
 
 _STAMP = "stamp.json"
@@ -126,7 +126,7 @@ def from_hub(
     "model" or "dataset". HF_HUB_OFFLINE=1 uses only what is in the cache. Raises InputError if the files
     cannot be had.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -154,8 +154,13 @@ def from_hub(
             )
         )
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _disk_full(name) from error
+        if isinstance(error, OSError) and error.filename is not None:  # a network names none
+            raise InputError(
+                f"cannot keep {name} in {constants.HF_HUB_CACHE}: {error.strerror}; set HF_HOME to a folder "
+                "that you may write"
+            ) from error
         text = next(text for cause, text in problems.items() if isinstance(error, cause))
         raise InputError(text) from error
 
@@ -170,7 +175,7 @@ def model_from_hub(name: str) -> Path:
     name, _, revision = name.partition("@")
     *repository, last = name.split("/")
     if len(repository) == 2 and last.endswith(".gguf"):
-        return from_hub("/".join(repository), [last], revision=revision or None) / last
+        return _fetch("/".join(repository), [last], revision or None) / last
     # What is to be fetched, said by the hub. Nothing where the weights are here or the hub cannot be asked.
     sizes = _weights_on_hub(name, revision or None)
     missing = sum(size for file, size in sizes.items() if _in_cache(name, file, revision or None) is None)
@@ -189,6 +194,13 @@ def model_from_hub(name: str) -> Path:
     return folder
 
 
+def _fetch(name: str, files: Sequence[str], revision: str | None) -> Path:
+    """Return the snapshot folder with files of these names. Raises InputError as `model_from_hub` does."""
+    sizes = _files_on_hub(name, revision)
+    _check_disk(name, sum(sizes.get(file, 0) for file in files if _in_cache(name, file, revision) is None))
+    return from_hub(name, files, revision=revision)
+
+
 def _in_cache(name: str, file: str, revision: str | None) -> Path | None:
     """Return a file of a repository that is in the hub's cache, or None. Nothing is asked of the hub."""
     from huggingface_hub import try_to_load_from_cache
@@ -205,20 +217,27 @@ def _weights_on_hub(name: str, revision: str | None) -> dict[str, int]:
 
     Also {} if the hub cannot be asked: `from_hub` says why.
     """
+    configs = [_in_cache(name, file, revision) for file in ("config.json", "adapter_config.json")]
+    if any(config and _holds_weights(config.parent) for config in configs):
+        return {}
+    sizes = _files_on_hub(name, revision)
+    sizes = {file: size for file, size in sizes.items() if not any(fnmatch(file, one) for one in _UNWANTED)}
+    whole = {file: size for file, size in sizes.items() if file.endswith(".safetensors")}
+    pickles = {file: size for file, size in sizes.items() if file.endswith(".bin")}
+    return whole | {file: size for file, size in pickles.items() if not whole or file in _SMALL_PICKLES}
+
+
+def _files_on_hub(name: str, revision: str | None) -> dict[str, int]:
+    """Return file -> bytes of a repository, without its folders; {} if the hub cannot be asked."""
     from huggingface_hub import HfFileSystem, constants
 
-    configs = [_in_cache(name, file, revision) for file in ("config.json", "adapter_config.json")]
-    if constants.HF_HUB_OFFLINE or any(config and _holds_weights(config.parent) for config in configs):
+    if constants.HF_HUB_OFFLINE:
         return {}
     try:
         listed: Any = HfFileSystem().ls(name, revision=revision, refresh=True)
     except Exception:  # the kinds depend on the HTTP library that the client uses
         return {}
-    sizes = {Path(entry["name"]).name: int(entry["size"]) for entry in listed if entry["type"] == "file"}
-    sizes = {file: size for file, size in sizes.items() if not any(fnmatch(file, one) for one in _UNWANTED)}
-    whole = {file: size for file, size in sizes.items() if file.endswith(".safetensors")}
-    pickles = {file: size for file, size in sizes.items() if file.endswith(".bin")}
-    return whole | {file: size for file, size in pickles.items() if not whole or file in _SMALL_PICKLES}
+    return {Path(entry["name"]).name: int(entry["size"]) for entry in listed if entry["type"] == "file"}
 
 
 def _holds_weights(folder: Path) -> bool:
@@ -226,7 +245,8 @@ def _holds_weights(folder: Path) -> bool:
 
     Not those in GGUF, which may be fetched from the same repository by their own names.
     """
-    indices = [set(read_json(path).get("weight_map", {}).values()) for path in folder.glob("*.index.json")]
+    maps = [Keys.of(path).object("weight_map").values for path in folder.glob("*.index.json")]
+    indices = [{file for file in files.values() if isinstance(file, str)} for files in maps]
     if any(files and all((folder / file).is_file() for file in files) for files in indices):
         return True
     files = {file.name for file in weight_files(folder) if file.suffix != ".gguf"}
@@ -245,9 +265,9 @@ def _check_disk(name: str, needed: int) -> None:
     """Raise InputError unless the disk of the hub's cache has space for so many bytes more."""
     from huggingface_hub import constants
 
-    cache = disk = Path(constants.HF_HUB_CACHE)
-    while not disk.exists():
-        disk = disk.parent
+    cache = Path(constants.HF_HUB_CACHE)
+    if (disk := nearest(cache)) is None:
+        return  # the client says why it cannot write there
     begun = (cache / f"models--{name.replace('/', '--')}" / "blobs").glob("*.incomplete")
     free = shutil.disk_usage(disk).free + sum(file.stat().st_size for file in begun)
     if free < needed:
@@ -272,24 +292,30 @@ def is_gguf_name(name: str) -> bool:
 def gguf_from_hub(name: str) -> tuple[Path, Path | None]:
     """Return the language model of "owner/model:Q4_K_M", and its mmproj if the repository has one.
 
-    Of several mmproj, that in F16 is taken. Raises InputError unless exactly one file is of the type.
+    Of several mmproj, that in F16 is taken. Nothing else is fetched. Raises InputError, before anything is,
+    unless exactly one file is of the type.
     """
     repository, _, kind = name.partition(":")
     repository, _, revision = repository.partition("@")
-    patterns = [f"*{kind}*.gguf", f"*{kind.lower()}*.gguf", f"*{kind.upper()}*.gguf", "*mmproj*.gguf"]
-    folder = from_hub(repository, patterns, revision=revision or None)
-    files = sorted(folder.glob("*.gguf"))
+    # 1. What there is: on the hub, or in its cache where the hub cannot be asked.
+    listed = list(_files_on_hub(repository, revision or None))
+    if not listed:
+        listed = [path.name for path in from_hub(repository, [], revision=revision or None).glob("*.gguf")]
+    files = sorted(file for file in listed if file.endswith(".gguf"))
+    # 2. Those that are wanted.
     word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(kind)}(?![A-Za-z0-9_])", re.IGNORECASE)
-    seeing = [file for file in files if "mmproj" in file.name.lower()]
-    models = [file for file in files if file not in seeing and word.search(file.name)]
+    seeing = [file for file in files if "mmproj" in file.lower()]
+    models = [file for file in files if file not in seeing and word.search(file)]
     if len(models) != 1:
-        found = ", ".join(file.name for file in models) or "none"
+        found = some(models) or "none"
         raise InputError(
             f"{repository} on the hub should have one GGUF file of type {kind}, and has {found}; name it: "
             f"{repository}/FILE.gguf"
         )
-    half = [file for file in seeing if re.search(r"(?<!b)f16", file.name, re.IGNORECASE)]
-    return models[0], next(iter(half or seeing), None)
+    half = [file for file in seeing if re.search(r"(?<!b)f16", file, re.IGNORECASE)]
+    mmproj = next(iter(half or seeing), None)
+    folder = _fetch(repository, [*models, *([mmproj] if mmproj else [])], revision or None)
+    return folder / models[0], folder / mmproj if mmproj else None
 
 
 def locate(source: str | os.PathLike[str], patterns: Sequence[str] | None = None) -> Path:

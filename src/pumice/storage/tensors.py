@@ -165,14 +165,17 @@ def _check_other(tensors: LazyStateDict, chosen: Path, other: Path) -> None:
     """Raise InputError if another file of a folder's weights holds other values than the chosen one."""
     try:
         others = _open_all(other)
-    except InputError:
-        return  # what is left of a download that was not needed
+    except (InputError, ValuesNotHere):
+        return  # what is left of a download that was not needed, or has no outline and is not needed either
     for name in tensors.keys() & others.keys():
         # Weights that were trained differ everywhere, so the beginning of each tensor is enough; the types
         # may differ.
-        first, second = (
-            state[name].read().flatten()[:4096].float().nan_to_num() for state in (tensors, others)
-        )
+        try:
+            first, second = (
+                state[name].read().flatten()[:4096].float().nan_to_num() for state in (tensors, others)
+            )
+        except ValuesNotHere:
+            return  # as in `check_same`
         if tensors[name].shape != others[name].shape or not torch.allclose(
             first, second, rtol=1e-2, atol=1e-6
         ):

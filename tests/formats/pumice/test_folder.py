@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 import subprocess
@@ -147,6 +148,24 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> No
     with replacing(tmp_path / "m"):
         pass
     assert sorted(tmp_path.iterdir()) == [left, tmp_path / "m"]
+
+
+def test_a_disk_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a drive of Windows, which is its own parent."""
+    looks = itertools.count()
+
+    def exists(_: Path) -> bool:
+        assert next(looks) < 100
+        return False
+
+    def no_drive(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(Path, "exists", exists)
+        elsewhere.setattr(Path, "mkdir", no_drive)
+        with pytest.raises(InputError, match=r"cannot write the model folder .*: No such file or directory"):
+            save(tmp_path / "m", CONFIG, STATE, tokenizer=WORDS)
 
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from pumice.config import DecoderConfig, ModelConfig
 from pumice.config_json import as_stored
 from pumice.errors import CAUSE, InputError, WorkError, check_known, some, wrong_input
-from pumice.files import Lock, make_readable, sync
+from pumice.files import Lock, make_readable, nearest, sync
 from pumice.formats.efficientnet_lite import open_efficientnet_lite
 from pumice.formats.gguf.llm import open_gguf
 from pumice.formats.pumice.quantized import as_bytes, open_quantized, write_quantized
@@ -115,11 +115,8 @@ def writing(folder: str | os.PathLike[str], state: LazyStateDict) -> Iterator[Pa
     """
     # The folder need not exist yet: its nearest existing parent is on the same disk.
     needed = sum(tensor.size for tensor in state.values())
-    disk = Path(folder).resolve().parent
-    while not disk.exists():
-        disk = disk.parent
-    _, _, free = shutil.disk_usage(disk)
-    if free < needed:
+    disk = nearest(Path(folder).resolve().parent)
+    if disk is not None and (free := shutil.disk_usage(disk)[2]) < needed:
         raise InputError(
             f"{folder} needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free there; choose another disk"
         )
@@ -224,9 +221,9 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
     over. Files of the old folder that are not a model's are moved to the new one.
     """
     target = Path(folder).resolve()
-    nearest = next(path for path in (target, *target.parents) if path.exists())
-    if not nearest.is_dir():
-        name = "of that name" if nearest == target else f"'{nearest}'"
+    found = nearest(target)
+    if found is not None and not found.is_dir():
+        name = "of that name" if found == target else f"'{found}'"
         raise InputError(f"cannot write the model folder {folder}: a file {name} is in the way")
     with wrong_input(OSError, f"cannot write the model folder {folder}: {CAUSE}"):
         target.parent.mkdir(parents=True, exist_ok=True)
