@@ -164,7 +164,7 @@ def test_batch_with_json(run: Any, folder: Path) -> None:
     result = run("ask", "--batch", "in.jsonl", "--out", "out.jsonl", "--json", *SHORT)
     counts = json.loads(result.stdout)
     assert (counts["rows"], counts["answered"], counts["errors"], counts["out"]) == (2, 1, 1, "out.jsonl")
-    assert result.stderr == "1 of 1 answers\n"
+    assert result.stderr == "1 of 1 answer\n"
 
 
 @pytest.mark.parametrize(

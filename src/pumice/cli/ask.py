@@ -257,7 +257,7 @@ def _answer_rows(rows: list[_Row], partial: Path, asking: _Asking, slots: int) -
             print(f"pumice: {ready} in '{partial}' already", file=sys.stderr)
         for answer in assistant.ask_each(questions[done:], slots=slots, **sampling):
             file.add(answer)
-            bar.show(len(file.answers), len(rows), "answers")
+            bar.show(len(file.answers), len(rows), "answer")
     return file.answers
 
 

@@ -70,7 +70,7 @@ class TrainingReport:
 
     def __enter__(self) -> TrainingReport:
         if self.enabled:
-            self._bar.show(self._first_step, self.steps, "steps")
+            self._bar.show(self._first_step, self.steps, "step")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -93,7 +93,7 @@ class TrainingReport:
             elapsed = time.monotonic() - self._started
             note += "  " + time_left((self.steps - step) * elapsed / (step - self._first_step))
         if self.enabled:
-            self._bar.show(step, self.steps, "steps", note)
+            self._bar.show(step, self.steps, "step", note)
 
     def held_out(self, step: int, loss: float) -> None:
         """Report the mean loss of the held-out rows, in nats per supervised token."""
