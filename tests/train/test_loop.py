@@ -27,7 +27,7 @@ from pumice.errors import InputError, WorkError
 from pumice.files import hold
 from pumice.formats.load import open_model
 from pumice.formats.pumice.folder import save
-from pumice.train import run
+from pumice.train import loop, run
 from pumice.train.loop import Trainer
 from pumice.train.optim import schedule
 from pumice.train.recipe import load_recipe
@@ -349,6 +349,19 @@ def test_a_diverging_run_stops_before_its_weights_are_spoiled(
         run(make_recipe(stage={"learn": {"decoder": 1e30}}, clip=1e30, save_every=1))
 
 
+def test_a_signal_before_the_first_step_leaves_nothing(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "preflight", lambda *_: signal.raise_signal(signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the process would be killed"))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(make_recipe(output=str(tmp_path / "runs" / "first")))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_two_runs_do_not_share_an_output_folder(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     lock = hold(tmp_path / "run" / ".lock", "here")
@@ -364,7 +377,9 @@ def test_rows_that_changed_do_not_go_on_from_old_checkpoints(
     data = [{"rows": str(mine)}]
     run(make_recipe(data=data, max_steps=3))
     mine.write_text((rows / "rows.jsonl").read_text().replace("red", "tan"))
-    with pytest.raises(InputError, match=r"contents of .*mine\.jsonl"):
+    with pytest.raises(
+        InputError, match=r"^the contents of \S*mine\.jsonl have changed since .*; bring the old"
+    ):
         run(make_recipe(data=data, max_steps=3))
 
 

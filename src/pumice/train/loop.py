@@ -162,7 +162,8 @@ class Trainer:
     def run(self) -> Path:
         """Train to the last step and return the model's folder; resume from the newest checkpoint, if any.
 
-        SIGINT or SIGTERM saves a checkpoint after the current step, then raises KeyboardInterrupt.
+        SIGINT or SIGTERM saves a checkpoint after the current step, then raises KeyboardInterrupt. Before and
+        after all steps it does so at once.
         """
         # 1. Make the output folder, and lock it so that no second run writes there.
         output = self.recipe.output
@@ -170,6 +171,7 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(self.features))
             if self.world.main:
+                stack.enter_context(at_signal())  # so that the folder is cleared; `_train` has its own
                 stack.enter_context(output_folder(output, lambda: self.step > 0))
             # 2. Resume from the newest checkpoint. A new run is checked before any compute is spent on it.
             resumed = self._resume(folder)
