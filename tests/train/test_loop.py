@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -332,6 +333,20 @@ def test_held_out_rows_are_measured_also_in_short_runs(
     run(make_recipe(data=data, held_out=data, max_steps=4, measure_every=None))
     events = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [event["step"] for event in events if "held_out_loss" in event] == [0, 1, 2, 3, 4]
+
+
+def test_numbers_that_the_rows_do_not_reach_are_told(
+    make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(make_recipe("usual", max_steps=1))
+    assert "pack_tokens" not in (usual := capsys.readouterr().err) and "batch" not in usual
+    run(make_recipe("odd", batch=100_000, pack_tokens=10, max_steps=1))
+    shown = capsys.readouterr().err
+    assert "odd: 1 step of 4 pictures" in shown
+    assert "  batch: 100000 is more than the 4 pictures of an epoch, which is one step\n" in shown
+    assert re.search(
+        r"  pack_tokens: 10 is too few for any row that was tried \(\d\d or more\): each is", shown
+    )
 
 
 def test_packs_without_pictures_teach_a_connector_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
