@@ -91,9 +91,10 @@ def check(
     if recipe is not None:
         from pumice.train.batches import open_rows
         from pumice.train.recipe import load_recipe
-        from pumice.train.shapes import processor_of
+        from pumice.train.shapes import check_base, processor_of
 
         loaded_recipe = load_recipe(recipe)
+        check_base(loaded_recipe, recipe)
         processor = processor_of(loaded_recipe)
         rows = rows or [open_rows(source) for source in loaded_recipe.data]
         others = others or [open_rows(source) for source in loaded_recipe.held_out]
