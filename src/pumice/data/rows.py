@@ -171,6 +171,10 @@ class Rows(Sequence[Row]):
         self.opened = open_source(name, part)
         if not len(self.opened):
             form = self.opened.form
+            if form == "JSON" and not any(file.read_bytes().strip() for file in self.opened.files):
+                raise InputError(
+                    f"'{path}' is empty; write a table, a JSON list or one JSON object per line into it"
+                )
             remedy = "write a JSON list or one JSON object per line" if form == "JSON" else "add some"
             if form in ("TSV", "CSV"):
                 remedy = "add some below its header"
