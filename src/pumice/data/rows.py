@@ -27,13 +27,13 @@ from pumice.data.contents import Contents, RowSummary, read_contents
 from pumice.data.mapping import Mapped, RowMapping
 from pumice.data.objects import stored
 from pumice.data.pictures import Image
-from pumice.data.sources.folders import PICTURES
 from pumice.data.sources.json_text import JsonRows
 from pumice.data.sources.recognise import HUB, Part, open_source
 from pumice.data.sources.source import Record
 from pumice.data.sources.tables import Table
 from pumice.errors import InputError
 from pumice.files import sha256
+from pumice.media import PICTURES
 
 
 class ImageFinder:
