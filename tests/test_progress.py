@@ -15,9 +15,9 @@ def test_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     for name, value in {"TERM": "xterm", "COLUMNS": "100", "FORCE_COLOR": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(KeyboardInterrupt), ProgressBar() as bar:
-        bar.show(1, 3, "rows")
-        bar.show(3, 3, "rows")
-        bar.show(1, 2, "pictures", "none is damaged")
+        bar.show(1, 3, "row")
+        bar.show(3, 3, "row")
+        bar.show(1, 2, "picture", "none is damaged")
         raise KeyboardInterrupt
     shown = capsys.readouterr().err
     assert shown.endswith("\x1b[?25h")  # the cursor is there again
@@ -36,8 +36,8 @@ def test_a_narrow_terminal_cuts_no_number(
     for name, value in {"TERM": "xterm", "COLUMNS": str(columns), "FORCE_COLOR": "1"}.items():
         monkeypatch.setenv(name, value)
     with ProgressBar() as bar:
-        bar.show(1, 1234567, "pictures and texts of rows", "so far")
-        bar.show(1234567, 1234567, "pictures and texts of rows", "so far")
+        bar.show(1, 1234567, "picture or text of rows", "so far")
+        bar.show(1234567, 1234567, "picture or text of rows", "so far")
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err).splitlines()
     assert max(map(len, lines)) <= columns
     words = " ".join(lines).split()
@@ -53,7 +53,7 @@ def test_on_a_terminal_that_cannot_redraw(
     for transient, lines in ((False, ["1 of 3 rows", "3 of 3 rows"]), (True, [])):
         with ProgressBar(transient=transient) as bar:
             for done in (1, 2, 3):
-                bar.show(done, 3, "rows")
+                bar.show(done, 3, "row")
         assert capsys.readouterr().err.splitlines() == lines
 
 
@@ -67,6 +67,15 @@ FIRST, SECOND, LAST = "1 of 2,000", "2 of 2,000 rows", "3 of 2,000 rows, all wel
 def test_elsewhere(log_seconds: float | None, lines: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressBar(log_seconds=log_seconds) as bar:
         bar.show(1, 2000)
-        bar.show(2, 2000, "rows")
-        bar.show(3, 2000, "rows", "all well")
+        bar.show(2, 2000, "row")
+        bar.show(3, 2000, "row", "all well")
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_one_is_told_as_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBar(log_seconds=0.0) as bar:
+        bar.show(1, 1, "answer")
+        bar.show(1, 1, "matrix quantised to int8")
+        bar.show(1, 2, "matrix quantised to int8")
+    lines = ["1 of 1 answer", "1 of 1 matrix quantised to int8", "1 of 2 matrices quantised to int8"]
     assert capsys.readouterr().err.splitlines() == lines

@@ -24,6 +24,11 @@ def test_the_first_signal_is_told_and_the_second_interrupts(number: signal.Signa
     assert signal.getsignal(number) is before
 
 
+def test_the_first_signal_may_interrupt() -> None:
+    with pytest.raises(KeyboardInterrupt), at_signal():
+        signal.raise_signal(signal.SIGTERM)
+
+
 def test_what_is_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     received: list[int] = []

@@ -149,14 +149,21 @@ def counted(number: int, noun: str, verb: str = "", *, of: int | None = None) ->
         first, *more = verb.split(" ")
         first = {"are": "is", "have": "has", "do": "does"}.get(first, first and f"{first}s")
         verb = " ".join([first, *more])
-    if (number if of is None else of) != 1:
-        if noun.endswith(("s", "x", "ch", "sh")):
-            noun += "es"
-        elif noun.endswith("y") and noun[-2] not in "aeiou":
-            noun = f"{noun[:-1]}ies"
-        else:
-            noun += "s"
+    noun = plural(noun, number if of is None else of)
     return f"{number}{'' if of is None else f' of {of}'} {noun} {verb}".rstrip()
+
+
+def plural(noun: str, number: int) -> str:
+    """Return a noun as it stands behind a number."""
+    if number == 1:
+        return noun
+    if noun.endswith("ix"):
+        return f"{noun[:-2]}ices"
+    if noun.endswith(("s", "x", "ch", "sh")):
+        return f"{noun}es"
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return f"{noun[:-1]}ies"
+    return f"{noun}s"
 
 
 def install(extra: str) -> str:

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from pumice.errors import InputError, check_known
 
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # how names of files end
 BoxFormName = Literal["padded", "picture", "qwen", "pixels"]  # `boxes.FORMS` says what they mean
 BOX_FORMS: tuple[str, ...] = get_args(BoxFormName)
 

@@ -7,6 +7,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from pumice.errors import plural
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -48,11 +50,14 @@ class ProgressBar:
         self._bar, self._tasks, self._line = None, {}, ""
 
     def show(self, done: int, total: int, unit: str = "", text: str = "") -> None:
-        """Show that `done` of `total` units are done. A new unit gets its own bar. text: what else to say."""
+        """Show that `done` of `total` are done. A new unit gets its own bar. text: what else to say.
+
+        unit: one of them, such as "row"; more words may follow, such as "token read".
+        """
         if can_redraw():
             self._draw(done, total, unit, text)
             return
-        self._line = f"{done:,} of {total:,} {unit}".rstrip() + (f", {text}" if text else "")
+        self._line = f"{done:,} of {total:,} {_named(unit, total)}".rstrip() + (f", {text}" if text else "")
         if self._log_seconds is not None and time.monotonic() - self._logged >= self._log_seconds:
             self._logged = time.monotonic()
             print(self._line, file=sys.stderr, flush=True)
@@ -75,4 +80,11 @@ class ProgressBar:
             self._bar.start()
         if unit not in self._tasks:  # what an earlier run has done took no time
             self._tasks[unit] = self._bar.add_task(unit, completed=max(0, done - 1), total=total)
-        self._bar.update(self._tasks[unit], completed=done, total=total, description=f"{unit} {text}".strip())
+        description = f"{_named(unit, total)} {text}".strip()
+        self._bar.update(self._tasks[unit], completed=done, total=total, description=description)
+
+
+def _named(unit: str, total: int) -> str:
+    """Return a unit as it stands behind a number: its first word changes."""
+    noun, *more = unit.split(" ", 1)
+    return " ".join([plural(noun, total) if noun else "", *more])

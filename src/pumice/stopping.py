@@ -44,17 +44,17 @@ def check_stopped() -> None:
 
 
 @contextlib.contextmanager
-def at_signal(act: Callable[[int], object]) -> Iterator[None]:
+def at_signal(act: Callable[[int], object] | None = None) -> Iterator[None]:
     """Call `act` with the number of the first SIGINT or SIGTERM; the second one raises KeyboardInterrupt.
 
-    A signal that the process ignores, as behind `&` in a script, stays ignored. In other threads than the
-    main one, which alone may handle signals, nothing changes.
+    Without `act`, the first one does so. A signal that the process ignores, as behind `&` in a script, stays
+    ignored. In other threads than the main one, which alone may handle signals, nothing changes.
     """
     received: list[int] = []
     before: dict[int, Any] = {}
 
     def handle(number: int, _: FrameType | None) -> None:
-        if received:
+        if received or act is None:
             raise KeyboardInterrupt
         received.append(number)
         act(number)

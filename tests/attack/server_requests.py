@@ -6,7 +6,6 @@ import base64
 import contextlib
 import functools
 import json
-import os
 import random
 import re
 import socket
@@ -21,6 +20,8 @@ from typing import Any
 
 import httpx
 from targets import command, make_model, make_pictures, make_videos
+
+from pumice.threads import busy_load, usable_cores
 
 SECONDS = 2.0  # for a short request while others take long
 MEMORY, PEAK = 2500, 5000  # MiB that the tiny model's server may take: docs/security.md has the sum
@@ -274,7 +275,7 @@ def _alive(server: Server) -> str:
 
 def time_limit() -> float:
     """Return how long a short request may take now: longer in proportion on a machine with other work."""
-    return SECONDS * (1 + os.getloadavg()[0] / (os.cpu_count() or 1))
+    return SECONDS * (1 + busy_load() / usable_cores())
 
 
 def enormous_png(side: int) -> str:

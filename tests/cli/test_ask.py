@@ -16,6 +16,7 @@ from PIL import Image, ImageChops
 
 from pumice.assistant import Assistant, load
 from pumice.boxes import COLOURS
+from pumice.cli import app
 from pumice.conversation import Video
 from pumice.engine import sizes
 from pumice.engine.reply import Reply
@@ -56,6 +57,17 @@ def test_ask_without_a_picture(run: Any) -> None:
     result = run("ask", "What?", *SHORT)
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.strip()
+
+
+def test_on_a_terminal_an_answer_about_no_picture_is_told(
+    folder: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A picture may have been forgotten. Programs read no notes."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    note = "pumice: no picture is shown, so the answer is about none\n"
+    for words, told in ((["What?"], note), (["What?", "--json"], ""), (["cat.png", "What?"], "")):
+        app(["ask", "--model", str(tiny_folder), "--device", "cpu", *words, *SHORT], standalone_mode=False)
+        assert capsys.readouterr().err == told
 
 
 def test_without_memory_for_the_cache_the_reason_is_one_sentence(

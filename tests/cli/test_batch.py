@@ -108,6 +108,15 @@ def test_a_damaged_list_is_no_batch(run: Any, refused: Any, folder: Path) -> Non
     assert not (folder / "out.jsonl").exists()
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_rows_inside_an_object_are_told(run: Any, refused: Any, folder: Path, indent: int | None) -> None:
+    (folder / "in.json").write_text(
+        json.dumps({"version": 1, "data": [{"question": "What?"}]}, indent=indent)
+    )
+    message = "'in.json' is one JSON object, with rows in its 'data'; write a JSON list of rows, or one row"
+    refused(run("ask", "--batch", "in.json", "--out", "out.jsonl", *SHORT), message)
+
+
 def test_a_list_of_a_batch_is_parsed_once(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "in.json").write_text('[{"id": "once", "image": "no.png", "question": "What?"}]')
     parsed, loads = [], json.loads
@@ -164,7 +173,7 @@ def test_batch_with_json(run: Any, folder: Path) -> None:
     result = run("ask", "--batch", "in.jsonl", "--out", "out.jsonl", "--json", *SHORT)
     counts = json.loads(result.stdout)
     assert (counts["rows"], counts["answered"], counts["errors"], counts["out"]) == (2, 1, 1, "out.jsonl")
-    assert result.stderr == "1 of 1 answers\n"
+    assert result.stderr == "1 of 1 answer\n"
 
 
 @pytest.mark.parametrize(

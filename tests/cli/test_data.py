@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 from pumice.assistant import load
 from pumice.config import IMAGE_TOKEN, ModelConfig
 from pumice.conversation import from_llava
+from pumice.data.check import DataReport
+from pumice.data.check import check as check_rows
 from pumice.data.rows import ImageFinder, Rows
 from pumice.processor import Processor
 from pumice.train.recipe import load_recipe
@@ -211,3 +214,21 @@ def test_a_fixed_copy_of_another_form_is_llavas(run: Any, folder: Path) -> None:
         "conversations": [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A dog."}],
     }  # fmt: skip
     assert "<image> added" not in run("data", "check", "fixed.json", model=False).stdout
+
+
+def test_pictures_are_opened_by_one_process_per_usable_core(
+    run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine of 64 cores, of which this process may use one."""
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5}, raising=False)
+    workers: list[int] = []
+
+    def check(*rows: Any, **settings: Any) -> DataReport:
+        workers.append(settings["workers"])
+        return check_rows(*rows, **settings | {"workers": 0})
+
+    monkeypatch.setattr("pumice.data.check.check", check)
+    assert run("data", "check", "rows.json", model=False).exit_code == 1
+    assert workers == [1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -70,3 +71,16 @@ def test_a_command_may_have_other_defaults() -> None:
 )
 def test_what_the_model_decides_is_not_given(sampling: Sampling, given: dict[str, Any]) -> None:
     assert sampling.given() == given
+
+
+@pytest.mark.parametrize(("load", "policy"), [(0.4, "ACTIVE"), (0.6, "PASSIVE")])
+def test_threads_spin_where_the_cores_that_may_be_used_are_idle(
+    monkeypatch: pytest.MonkeyPatch, load: float, policy: str
+) -> None:
+    """On a machine of 64 cores, of which this process may use one."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5}, raising=False)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0), raising=False)
+    options.share_cores()
+    assert os.environ.pop("OMP_WAIT_POLICY") == policy

@@ -25,7 +25,7 @@ def test_a_long_prompt_shows_how_far_it_is(tiny_folder: Path, monkeypatch: pytes
         assistant.engine.forget()
         text = "".join(reading.pieces(assistant.stream(question, max_new_tokens=4)))
         assert text
-        steps = [(n, total, "tokens read") for n in range(0, total, 16)]
+        steps = [(n, total, "token read") for n in range(0, total, 16)]
         assert shown == (steps if is_long else [])
     assert len(steps) > 1
 
@@ -36,5 +36,5 @@ def test_the_bar_goes_when_the_answer_begins(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     with ProgressBar(transient=True) as bar:
-        bar.show(5, 10, "tokens read")
+        bar.show(5, 10, "token read")
     assert "tokens read" in capsys.readouterr().err

@@ -167,10 +167,10 @@ def test_malformed_rows_are_named(tmp_path: Path, name: str, value: Any, reason:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "holds no rows; write a JSON list or one JSON object per line"),
+        ("", "is empty; write a table, a JSON list or one JSON object per line into it"),
         ("\x00PNG", "is no text file"),
-        ("[]", "holds no rows"),
-        ("\n \n", "holds no rows"),
+        ("[]", "holds no rows; write a JSON list or one JSON object per line"),
+        ("\n \n", "is empty"),
         ("[", "row 1: the JSON list is malformed or cut off at line 1, column 2 (it ends too early)"),
         (
             '[{"id": "a"}',

@@ -338,9 +338,11 @@ def test_a_model_answers_and_is_scored(folder: Path, tiny_folder: Path) -> None:
             "must be a text or a list of texts, found [None]",
         ),
         ("q.csv", b"ask me,then\na,b\n", "columns: {question: ask me, answer: then}, or rename them"),
-        ("q.tsv", b"", "q.tsv' is empty; a right row is"),
+        ("q.tsv", b"", "q.tsv' is empty; write a table of questions, or one row per line such as {"),
+        ("q.csv", b"", "q.csv' is empty; write a table of questions, or one row per line such as {"),
         ("q.tsv", b"question\tanswer\n", "q.tsv' holds no rows; add some below its header"),
-        ("q.jsonl", b"", "q.jsonl' holds no questions; write one row per line, such as {"),
+        ("q.jsonl", b"\n", "q.jsonl' is empty; write a table of questions, or one row per line such as {"),
+        ("q.json", b"[]", "q.json' holds no questions; write one row per line, such as {"),
         (
             "q.jsonl",
             b'{"id": 1, "question": "a", "answers": "b"}\n' * 2,

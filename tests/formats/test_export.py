@@ -124,10 +124,11 @@ def test_a_refusal_writes_nothing(llava: LoadedParts, tmp_path: Path) -> None:
         ({"to": "llava", "class_token": "first"}, "--class-token are not for llava"),
         ({"to": "hf", "kind": "q8_0"}, "--type, .* not for hf; .* with --dtype"),
         ({"to": "llava", "tower_kind": "f32"}, "--mmproj-type .* not for llava"),
-        ({"to": "peft", "class_token": "shifted"}, "--class-token are not for peft"),
         ({"to": "hf", "tower": "openai/x"}, "--tower-name is not for hf"),
-        ({"to": "peft", "drop_lora": True}, "--drop-lora is not for peft"),
         ({"to": "peft"}, "no LoRA adapters; use --to hf"),
+        # What no option mends is told before what is wrong with the options.
+        ({"to": "peft", "kind": "f16"}, "no LoRA adapters; use --to hf"),
+        ({"to": "peft", "drop_lora": True}, "no LoRA adapters; use --to hf"),
     ],
 )
 def test_wrong_arguments_write_nothing(
@@ -135,6 +136,14 @@ def test_wrong_arguments_write_nothing(
 ) -> None:
     with pytest.raises(InputError, match=message):
         export(llava, arguments.pop("to"), tmp_path / "out", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_that_adapters_do_not_take(adapted: LoadedParts, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--class-token are not for peft"):
+        export(adapted, "peft", tmp_path / "out", class_token="shifted")
+    with pytest.raises(InputError, match="--drop-lora is not for peft"):
+        export(adapted, "peft", tmp_path / "out", drop_lora=True)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -61,8 +61,15 @@ def test_nothing_that_is_known(tmp_path: Path, files: dict[str, Any], message: s
 def test_a_folder_of_pictures_is_told_with_what_it_holds(tmp_path: Path) -> None:
     for name in (".hidden", *"01234"):
         (tmp_path / f"{name}.jpg").touch()
-    with pytest.raises(InputError, match=r"it holds 0\.jpg, 1\.jpg, 2\.jpg and 3 more, but no config\.json"):
+    with pytest.raises(
+        InputError, match=r"it holds 0\.jpg, 1\.jpg, 2\.jpg and 3 more, but no config\.json.* train"
+    ):
         recognise(tmp_path)
+    for name, hint in (("0.jpg", True), ("rows.csv", True), ("weights.bin", False)):
+        (tmp_path / name).touch()
+        with pytest.raises(InputError, match="is a file, but not GGUF; ") as refused:
+            recognise(tmp_path / name)
+        assert ("are for `pumice data check` and `pumice train`" in str(refused.value)) is hint
 
 
 def test_gguf_by_its_first_bytes(tmp_path: Path) -> None:

@@ -11,9 +11,12 @@ import httpx
 import pytest
 from asking import post
 
+from pumice.errors import InputError
 from pumice.serve.anthropic import AnthropicForm, AnthropicRequest
 from pumice.serve.errors import ApiError, is_stopping, timed_out
+from pumice.serve.messages import parse
 from pumice.serve.ollama import OllamaForm
+from pumice.serve.protocol import ChatRequest
 from pumice.serve.responses import ResponsesRequest
 from pumice.serve.responses_form import ResponsesForm
 from pumice.serve.stored import StoredItems
@@ -128,3 +131,17 @@ def test_errors_that_end_an_answer(path: str) -> None:
             values = json.loads(form.error(error.body()).decode().partition("data: ")[2])
             assert (values["type"], values["code"]) == ("error", error.code)
             assert values["message"] == error.message
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        (b'{"messages": ', "line 1, column 14: it ends too early"),
+        (b'{"messages": []\n"model": 1}', "line 2, column 1: a comma or a closing bracket is missing"),
+        (b'{"user": "\xff"}', "it is not UTF-8 text"),
+    ],
+)
+def test_a_body_that_is_not_json_is_told_in_plain_words(body: bytes, fault: str) -> None:
+    with pytest.raises(InputError) as refused:
+        parse(ChatRequest, body)
+    assert str(refused.value) == f"the body is not JSON: {fault}"

@@ -214,7 +214,13 @@ BAD_CALL = {"id": "a", "type": "function", "function": {"name": "say", "argument
         ),
         ({"functions": [{"name": "say"}]}, "functions", "unsupported_value", "use tools"),
         ({"guided_json": {"type": "nonsense"}}, "guided_json", "invalid_json_schema", "cannot be followed"),
-        ({"guided_json": "{"}, "guided_json", "invalid_json_schema", "is no JSON Schema"),
+        (
+            {"guided_json": "{"},
+            "guided_json",
+            "invalid_json_schema",
+            "guided_json is no JSON Schema (line 1, column 2: it ends too early)",
+        ),
+        ({"guided_json": "[1]"}, "guided_json", "invalid_json_schema", "it should be an object, not [1]"),
         ({"guided_regex": "(["}, "guided_regex", "invalid_regex", "cannot be followed"),
         (
             {"guided_choice": ["a"], "structured_outputs": {"regex": "a"}},

@@ -177,6 +177,24 @@ def test_what_differs_in_a_recipe_is_named_alone(tmp_path: Path) -> None:
         checkpoints.latest(tmp_path, now, point(0).weights, CPU)
 
 
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        (
+            {"contents of a": "2", "data": "a", "steps": 9},
+            "^the contents of a have changed since this run began;",
+        ),
+        ({"contents of b": "2", "data": "b", "steps": 9}, "made with data: 'a', the recipe now says 'b';"),
+        ({"contents of a": "1", "data": "a", "steps": 9}, "made with steps: 5, the recipe now says 9;"),
+    ],
+)
+def test_what_differs_first_is_told_and_no_digest(tmp_path: Path, now: dict[str, Any], message: str) -> None:
+    then = replace(point(5), recipe={"contents of a": "1", "data": "a", "steps": 5})
+    checkpoints.save(tmp_path, then, keep_last=1)
+    with pytest.raises(InputError, match=message):
+        checkpoints.latest(tmp_path, now, point(0).weights, CPU)
+
+
 def test_others_may_read_what_is_written(tmp_path: Path) -> None:
     checkpoints.save(tmp_path, point(5), keep_last=1)
     (tmp_path / "new").touch()

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from pumice.errors import InputError, WorkError
 from pumice.files import hold
 from pumice.formats.load import open_model
 from pumice.formats.pumice.folder import save
-from pumice.train import run
+from pumice.train import loop, run
 from pumice.train.loop import Trainer
 from pumice.train.optim import schedule
 from pumice.train.recipe import load_recipe
@@ -334,6 +335,20 @@ def test_held_out_rows_are_measured_also_in_short_runs(
     assert [event["step"] for event in events if "held_out_loss" in event] == [0, 1, 2, 3, 4]
 
 
+def test_numbers_that_the_rows_do_not_reach_are_told(
+    make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(make_recipe("usual", max_steps=1))
+    assert "pack_tokens" not in (usual := capsys.readouterr().err) and "batch" not in usual
+    run(make_recipe("odd", batch=100_000, pack_tokens=10, max_steps=1))
+    shown = capsys.readouterr().err
+    assert "odd: 1 step of 4 pictures" in shown
+    assert "  batch: 100000 is more than the 4 pictures of an epoch, which is one step\n" in shown
+    assert re.search(
+        r"  pack_tokens: 10 is too few for any row that was tried \(\d\d or more\): each is", shown
+    )
+
+
 def test_packs_without_pictures_teach_a_connector_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     text = {"id": "t", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "red"}]}
     (tmp_path / "text.jsonl").write_text(json.dumps(text) + "\n")
@@ -347,6 +362,19 @@ def test_a_diverging_run_stops_before_its_weights_are_spoiled(
 ) -> None:
     with pytest.raises(WorkError, match=r"step \d+: the loss is .* lower learning rate"):
         run(make_recipe(stage={"learn": {"decoder": 1e30}}, clip=1e30, save_every=1))
+
+
+def test_a_signal_before_the_first_step_leaves_nothing(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "preflight", lambda *_: signal.raise_signal(signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the process would be killed"))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(make_recipe(output=str(tmp_path / "runs" / "first")))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_two_runs_do_not_share_an_output_folder(make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -364,7 +392,9 @@ def test_rows_that_changed_do_not_go_on_from_old_checkpoints(
     data = [{"rows": str(mine)}]
     run(make_recipe(data=data, max_steps=3))
     mine.write_text((rows / "rows.jsonl").read_text().replace("red", "tan"))
-    with pytest.raises(InputError, match=r"contents of .*mine\.jsonl"):
+    with pytest.raises(
+        InputError, match=r"^the contents of \S*mine\.jsonl have changed since .*; bring the old"
+    ):
         run(make_recipe(data=data, max_steps=3))
 
 

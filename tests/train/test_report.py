@@ -80,6 +80,14 @@ def test_the_time_left_is_never_zero_minutes(seconds: float, shown: str) -> None
 def test_nothing_of_a_refused_run_stays(tmp_path: Path) -> None:
     refuse(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+    refuse(tmp_path / "runs" / "mine" / "first")
+    assert not (tmp_path / "runs").exists()
+    with (
+        pytest.raises(InputError, match="cannot be made"),
+        output_folder(tmp_path / "runs" / ("long" * 99), lambda: False),
+    ):
+        raise AssertionError("it has no folder")
+    assert not (tmp_path / "runs").exists()
     (tmp_path / "empty").mkdir()
     refuse(tmp_path / "empty")
     assert [*(tmp_path / "empty").iterdir()] == []
@@ -103,7 +111,14 @@ def test_a_run_that_has_begun_stays(tmp_path: Path) -> None:
         write_run(tmp_path / "run")
         raise WorkError("at its second step")
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"checkpoints", ".lock", *FILES, *FOLDERS}
+    assert names == {*FILES, *FOLDERS}  # its checkpoints hold none
+
+
+def test_a_run_with_a_checkpoint_keeps_it(tmp_path: Path) -> None:
+    with pytest.raises(WorkError), output_folder(tmp_path / "run", lambda: True):
+        (tmp_path / "run" / "checkpoints" / "step-000001").mkdir()
+        raise WorkError("at its second step")
+    assert [path.name for path in (tmp_path / "run").rglob("*")] == ["checkpoints", "step-000001"]
 
 
 def test_nobody_begins_in_a_folder_that_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ from typer import Argument, Option
 from pumice.cli import options, reading
 from pumice.errors import CAUSE, InputError, counted, near, shorten, wrong_input
 from pumice.files import replacing
-from pumice.jsonl import AnswerFile, json_fault, json_text, print_json, wrong_json
+from pumice.jsonl import AnswerFile, json_fault, json_text, parse_json, print_json, wrong_json
+from pumice.media import PICTURES
 from pumice.progress import LOG_SECONDS, ProgressBar
 
 SLOTS = 8  # of --batch
@@ -121,8 +122,7 @@ def _check_drawing(out: Path, images: list[str]) -> None:
 def _is_image_path(text: str) -> bool:
     if os.path.isfile(text):  # False for a long question, where Path.is_file raises
         return True
-    suffixes = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-    return text.lower().endswith(suffixes) and len(text.split()) == 1
+    return text.lower().endswith(PICTURES) and len(text.split()) == 1
 
 
 def _open(path: str, frames: int | None) -> Any:
@@ -155,6 +155,9 @@ def _ask_one(images: list[str], question: str, asking: _Asking, out: Path | None
     if out is not None and _videos(opened[-1:]):
         raise InputError(f"--out {out} draws boxes on a picture, {images[-1]!r} is a video; leave it out")
     assistant = asking.opening.load_to_ask(asking.model, asking.sampling, pictures=bool(opened), shown=True)
+    sees = assistant.model.config.vision.kind != "none"
+    if sees and not images and not asking.as_json and sys.stdout.isatty():  # one may have been forgotten
+        print("pumice: no picture is shown, so the answer is about none", file=sys.stderr)
     reply = assistant.stream(Conversation((question_message(question, opened),)), **asking.sampling)
     answer = ""
     for piece in reply if asking.as_json else reading.pieces(reply):
@@ -202,6 +205,9 @@ def _ask_batch(source: Path, out: Path, asking: _Asking, slots: int) -> None:
         with wrong_json(f"the JSON list in '{source}' is malformed or cut off ({CAUSE}); fix the file"):
             kind, numbered = "row", enumerate(json.loads(text), 1)
     else:
+        whole = parse_json(text)  # None of several lines
+        if isinstance(whole, dict) and "question" not in whole:
+            _refuse_nested(whole, source)
         # Not splitlines: it also splits at characters that JSON allows inside a text.
         lines = enumerate(text.split("\n"), 1)
         kind, numbered = "line", ((number, _parse(line)) for number, line in lines if line.strip())
@@ -257,8 +263,19 @@ def _answer_rows(rows: list[_Row], partial: Path, asking: _Asking, slots: int) -
             print(f"pumice: {ready} in '{partial}' already", file=sys.stderr)
         for answer in assistant.ask_each(questions[done:], slots=slots, **sampling):
             file.add(answer)
-            bar.show(len(file.answers), len(rows), "answers")
+            bar.show(len(file.answers), len(rows), "answer")
     return file.answers
+
+
+def _refuse_nested(whole: dict[str, Any], source: Path) -> None:
+    """Raise InputError where the rows stand inside of one object."""
+    for key, value in whole.items():
+        inner = value if isinstance(value, list) else [value]
+        if any(isinstance(row, dict) for row in inner):
+            raise InputError(
+                f"'{source}' is one JSON object, with rows in its {shorten(key)}; write a JSON list of rows, "
+                "or one row per line"
+            )
 
 
 def _parse(line: str) -> Any:

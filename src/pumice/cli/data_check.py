@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -19,6 +18,7 @@ from pumice.cli.source import SourceOptions
 from pumice.errors import InputError, counted
 from pumice.jsonl import print_json
 from pumice.progress import ProgressBar
+from pumice.threads import usable_cores
 
 if TYPE_CHECKING:
     from pumice.conversation import Conversation
@@ -91,9 +91,10 @@ def check(
     if recipe is not None:
         from pumice.train.batches import open_rows
         from pumice.train.recipe import load_recipe
-        from pumice.train.shapes import processor_of
+        from pumice.train.shapes import check_base, processor_of
 
         loaded_recipe = load_recipe(recipe)
+        check_base(loaded_recipe, recipe)
         processor = processor_of(loaded_recipe)
         rows = rows or [open_rows(source) for source in loaded_recipe.data]
         others = others or [open_rows(source) for source in loaded_recipe.held_out]
@@ -120,9 +121,9 @@ def check(
             context=None if processor is None else processor.config.decoder.context,
             truncate=loaded_recipe is not None and loaded_recipe.truncate,
             held_out=others,
-            workers=(os.cpu_count() or 1) if workers is None else workers,
-            progress=lambda: count(1, total, "rows"),
-            decoded=lambda more, pictures: count(more, pictures, "pictures"),
+            workers=usable_cores() if workers is None else workers,
+            progress=lambda: count(1, total, "row"),
+            decoded=lambda more, pictures: count(more, pictures, "picture"),
         )
     # 3. Write the cleaned copy and the report.
     values = report.to_dict()

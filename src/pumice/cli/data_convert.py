@@ -38,6 +38,6 @@ def convert(
             ImageFinder(images or ["."]),
             rows_per_file=rows_per_file,
             max_bad_rows=max_bad_rows,
-            progress=lambda done: bar.show(done, len(rows), "rows"),
+            progress=lambda done: bar.show(done, len(rows), "row"),
         )
     print(f"{out} ({', '.join(f'{name}: {count}' for name, count in counts.items())})")

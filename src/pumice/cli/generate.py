@@ -123,7 +123,7 @@ def _call(job: Job, teacher: Teacher, journal: Journal, missing: int) -> str:
         def progress(message: dict[str, Any]) -> None:
             calls[bool(message["answered"])] += 1
             text = f"{counted(calls[False], 'call')} failed, {sum(message['spent']):,} tokens"
-            bar.show(calls[True], missing, "answered", text)
+            bar.show(calls[True], missing, "request answered", text)
 
         return call(job, teacher, journal, progress)
 

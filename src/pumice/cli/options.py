@@ -15,6 +15,7 @@ import typer
 from typer import Option
 
 from pumice.errors import InputError
+from pumice.threads import busy_load, usable_cores
 
 if TYPE_CHECKING:
     from pumice.assistant import Assistant
@@ -104,7 +105,7 @@ def share_cores(*, waits_for_people: bool = False) -> None:
     1900 instead of 50 ms. They also use the CPU while a person types. So they spin only for work without
     pauses on a mostly idle machine. If OMP_WAIT_POLICY is already set, it stays.
     """
-    idle = hasattr(os, "getloadavg") and os.getloadavg()[0] < 0.5 * (os.cpu_count() or 1)
+    idle = hasattr(os, "getloadavg") and busy_load() < 0.5 * usable_cores()
     policy = "ACTIVE" if idle and not waits_for_people else "PASSIVE"
     os.environ.setdefault("OMP_WAIT_POLICY", policy)
 

@@ -19,7 +19,7 @@ def pieces(reply: Reply) -> Iterator[str]:
 
         def show(computed: int, total: int) -> None:
             if total >= LONG_PROMPT:
-                bar.show(computed, total, "tokens read")
+                bar.show(computed, total, "token read")
 
         reply.on_prompt = show
         for piece in reply:

@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any
 
 from pumice.conversation import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, StoredImage, Video
-from pumice.data.sources.folders import PICTURES
 from pumice.data.sources.source import Record
 from pumice.errors import InputError, counted, cut, shorten
+from pumice.media import PICTURES
 from pumice.messages import decode_data_url
 
 Image = str | StoredImage | Video  # the name of a file, a picture inside the source, or a video's file

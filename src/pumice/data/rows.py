@@ -27,13 +27,13 @@ from pumice.data.contents import Contents, RowSummary, read_contents
 from pumice.data.mapping import Mapped, RowMapping
 from pumice.data.objects import stored
 from pumice.data.pictures import Image
-from pumice.data.sources.folders import PICTURES
 from pumice.data.sources.json_text import JsonRows
 from pumice.data.sources.recognise import HUB, Part, open_source
 from pumice.data.sources.source import Record
 from pumice.data.sources.tables import Table
 from pumice.errors import InputError
 from pumice.files import sha256
+from pumice.media import PICTURES
 
 
 class ImageFinder:
@@ -171,6 +171,10 @@ class Rows(Sequence[Row]):
         self.opened = open_source(name, part)
         if not len(self.opened):
             form = self.opened.form
+            if form == "JSON" and not any(file.read_bytes().strip() for file in self.opened.files):
+                raise InputError(
+                    f"'{path}' is empty; write a table, a JSON list or one JSON object per line into it"
+                )
             remedy = "write a JSON list or one JSON object per line" if form == "JSON" else "add some"
             if form in ("TSV", "CSV"):
                 remedy = "add some below its header"

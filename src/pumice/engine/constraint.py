@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pumice.engine.grammar_check import check_grammars, compile_grammar, refused
-from pumice.errors import InputError, library
+from pumice.errors import InputError, library, shorten
 from pumice.tokens import Tokenizer
 
 # No optional blanks: a small model could write them for ever.
@@ -37,6 +37,8 @@ def json_rule(schema: Mapping[str, Any] | None, *, lenient: bool = False) -> str
     the schema is none, too large or too deep.
     """
     schema = {"type": "object"} if schema is None else schema
+    if not isinstance(schema, Mapping):
+        raise refused(f"it should be an object, not {shorten(schema, 40)}", "JSON schema")
     # 1. Level by level, because `json` needs stack for each.
     level, count = [schema], 0
     for _ in range(DEEPEST_SCHEMA):

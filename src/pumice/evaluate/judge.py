@@ -19,6 +19,7 @@ from pumice.evaluate.task import Task
 from pumice.jsonl import ResumableFile, is_cut_off, parse_json
 
 T = TypeVar("T")
+EXAMPLE = '{"id": "1", "reply": "7"}'  # a row of a file of replies
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,17 @@ class Judge:
             raise InputError(f"the replies '{reviews}' do not exist; check the path or add --judge-url")
 
     def _read(self, path: Path) -> None:
-        text = DataFile(path).text()
+        file = DataFile(path, example=EXAMPLE)
+        text = file.text()
         # 1. MM-Vet's grades are one JSON object over several lines: {id: {"model": [...], "content": [...]}}.
         grades = parse_json(text)
-        rows, broken = ([grades], []) if isinstance(grades, dict) else read_lines(DataFile(path))
+        rows, broken = ([grades], []) if isinstance(grades, dict) else read_lines(file)
         self._is_one_object = isinstance(grades, dict) and "\n" in text.strip()
         # 2. A crash can cut off the last line: its question is asked again.
         if broken[-1:] == [text.count("\n") + 1] and is_cut_off(text.rpartition("\n")[2]):
             broken.pop()
         if broken and not rows:
-            read_json(DataFile(path))  # says where it is damaged
+            read_json(file)  # says where it is damaged
         if broken:
             raise InputError(
                 f"'{path}': {counted(len(broken), 'line', 'are')} cut off or not JSON, the first is line "

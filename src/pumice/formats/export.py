@@ -86,6 +86,8 @@ def export(
     """
     # 1. Refuse before anything is written.
     check_known(to, FORMATS, f"there is no format {to!r} to export to")
+    if reason := refusal(to, model.config):
+        raise InputError(f"this model cannot be exported to {to}: {reason}")
     in_gguf = to in ("gguf", "ollama")
     if in_gguf and dtype is not None:
         raise InputError(f"--dtype is not for {to}; give the type of its matrices with --type instead")
@@ -100,8 +102,6 @@ def export(
         raise InputError(f"--tower-name is not for {to}, whose files hold the tower; leave it out")
     if drop_lora and to == "peft":
         raise InputError("--drop-lora is not for peft, which holds the adapters alone; leave it out")
-    if reason := refusal(to, model.config):
-        raise InputError(f"this model cannot be exported to {to}: {reason}")
     target = Path(target)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"{target} exists already; give a new folder, or remove it first")

@@ -59,7 +59,7 @@ class _Progress:
         if self._hint:
             _LOG.warning("%s", self._hint)
             self._hint = ""
-        self._bar.show(self._done, self.total, f"matrices quantised to {self._bits}")
+        self._bar.show(self._done, self.total, f"matrix quantised to {self._bits}")
         if self._done == self.total:
             self.stop()
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from pumice.errors import InputError, some
 from pumice.formats.families import FAMILIES, TOWERS, model_type
+from pumice.media import PICTURES
 from pumice.storage.json_file import Keys
 
 ADAPTER_CONFIG = "adapter_config.json"
+_DATA = (*PICTURES, ".jsonl", ".csv", ".tsv", ".parquet")  # never of a model
 
 
 class FormatKind(Enum):
@@ -34,7 +36,7 @@ def recognise(path: Path) -> FormatKind:
         with path.open("rb") as file:
             if file.read(4) == b"GGUF":
                 return FormatKind.GGUF
-        raise InputError(f"{path} is a file, but not GGUF; give a model's folder")
+        raise InputError(f"{path} is a file, but not GGUF; {_remedy([path.name])}")
     if (config := path / "config.json").is_file():
         return _by_config(Keys.of(config), adapter=(path / ADAPTER_CONFIG).is_file())
     if (path / ADAPTER_CONFIG).is_file():
@@ -44,10 +46,15 @@ def recognise(path: Path) -> FormatKind:
     names = sorted((file.name for file in path.iterdir()), key=lambda name: (name.startswith("."), name))
     held = f"it holds {some(names, 3)}, but" if names else "it holds"
     raise InputError(
-        f"{path} is no whole model: {held} no config.json, "
-        f"{ADAPTER_CONFIG} or GGUF file; give the folder of a model (of a hub repository of GGUF files, name "
-        "the type: owner/model:Q4_K_M)"
+        f"{path} is no whole model: {held} no config.json, {ADAPTER_CONFIG} or GGUF file; {_remedy(names)}"
     )
+
+
+def _remedy(names: list[str]) -> str:
+    """Return what to do where these files are no model."""
+    if any(name.lower().endswith(_DATA) for name in names):
+        return "pictures and rows are for `pumice data check` and `pumice train`; give a model's folder here"
+    return "give a model's folder (of a hub repository of GGUF files, name the type: owner/model:Q4_K_M)"
 
 
 def classes(keys: Keys) -> list[str]:

@@ -23,7 +23,7 @@ from pumice.errors import ContextOverflow, InputError, shorten
 from pumice.serve.answers import AnswerForm, AnswerPiece, ChatForm, CompletionForm, ModelResponse, join
 from pumice.serve.anthropic import AnthropicForm, AnthropicRequest
 from pumice.serve.boxes import BoxesRequest, boxes_in
-from pumice.serve.errors import context_overflow, invalid, not_json, unknown_model, validation_error
+from pumice.serve.errors import context_overflow, invalid, unknown_model, validation_error
 from pumice.serve.explanation import check_explained, explanation_json
 from pumice.serve.fetch import Fetcher
 from pumice.serve.grammars import HeldTo, held_to, tool_schemas
@@ -252,8 +252,8 @@ class Backend:
             )
         except ValidationError as error:
             raise validation_error(error, kind.model_fields) from None
-        except ValueError as error:
-            raise not_json(error) from None
+        except InputError as error:
+            raise invalid(None, str(error), "json_invalid") from None
         if request.model is not None and self._model(request) not in self.names:
             raise unknown_model(request.model, self.names)
         return request

@@ -159,10 +159,6 @@ def validation_error(error: ValidationError, known: Collection[str] = ()) -> Api
     return invalid(param, f"{prefix}{message[:1].lower()}{message[1:]}")
 
 
-def not_json(error: ValueError) -> ApiError:
-    return invalid(None, f"the body is not JSON in UTF-8: {error}", "json_invalid")
-
-
 def context_overflow(error: ContextOverflow, param: str) -> ApiError:
     """Return the error in OpenAI's words, by which client libraries recognise it."""
     return invalid(

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pumice.engine.constraint import json_rule, quoted
-from pumice.errors import InputError
+from pumice.errors import CAUSE, InputError
+from pumice.jsonl import wrong_json
 from pumice.serve.errors import invalid
 from pumice.serve.messages import FunctionDescription
 from pumice.serve.protocol import ChatRequest, GenerationRequest
@@ -96,8 +97,8 @@ def _rule(field: str, kind: str, value: Any) -> HeldTo:
         pattern = _SLASH.sub(lambda match: {"/": "\\/", "\n": "\\n"}.get(match[0], match[0]), value)
         return HeldTo(f"start: /{pattern}/", field, "regular expression", "invalid_regex")
     try:
-        schema = json.loads(value) if isinstance(value, str) else value
+        with wrong_json(f"{field} is no JSON Schema ({CAUSE})"):
+            schema = json.loads(value) if isinstance(value, str) else value
         return HeldTo(f"start: {json_rule(schema)}", field, "JSON schema", "invalid_json_schema")
-    except (ValueError, TypeError, RecursionError) as error:
-        message = str(error) if isinstance(error, InputError) else f"{field} is no JSON Schema ({error})"
-        raise invalid(field, message, "invalid_json_schema") from error
+    except InputError as error:
+        raise invalid(field, str(error), "invalid_json_schema") from error

@@ -22,7 +22,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, from_json
 
-from pumice.jsonl import parse_json
+from pumice.errors import CAUSE, InputError
+from pumice.jsonl import parse_json, wrong_json
 
 T = TypeVar("T", bound="RequestModel")
 Item = TypeVar("Item")
@@ -87,9 +88,19 @@ class RequestModel(BaseModel):
 def parse(kind: type[T], body: bytes) -> T:
     """Return the body as a request of this kind, without what is null or asks for nothing.
 
-    Raises ValueError if it is not JSON, and pydantic's ValidationError if it is no such request.
+    Raises InputError if it is not JSON, and pydantic's ValidationError if it is no such request.
     """
-    return kind.model_validate(_drop_nothing(from_json(body, allow_inf_nan=False), kind))
+    return kind.model_validate(_drop_nothing(_read_json(body), kind))
+
+
+def _read_json(body: bytes) -> Any:
+    """Return the value of a body. Raises InputError that says in plain words why it is not JSON."""
+    try:
+        return from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        with wrong_json(f"the body is not JSON: {CAUSE}"):
+            json.loads(body.decode())
+        raise InputError(f"the body is not JSON: {error}") from error  # what Python takes, as NaN
 
 
 def _drop_nothing(value: Any, kind: type[RequestModel]) -> Any:

@@ -14,5 +14,8 @@ def run(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
     """
     from pumice.train.loop import train
     from pumice.train.recipe import load_recipe
+    from pumice.train.shapes import check_base
 
-    return train(load_recipe(recipe, overrides))
+    loaded = load_recipe(recipe, overrides)
+    check_base(loaded, recipe)
+    return train(loaded)

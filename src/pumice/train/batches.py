@@ -73,6 +73,7 @@ class Batches:
         self.may_mirror = [source.mirror for source in recipe.data]
         self._cached_epoch: tuple[int, Sequence[list[tuple[int, int]]]] = (-1, [])
         self._epoch_lock = threading.Lock()
+        self.pictures = len(self._groups(0))  # of an epoch, each with all its rows
         self.epoch_starts = [0]  # first step of each epoch, and the end of the last one
         for epoch in range(math.ceil(recipe.epochs)):
             share = min(1.0, recipe.epochs - epoch)
@@ -118,22 +119,30 @@ class Batches:
         """The rows that name pictures without `<image>`, which is put before the first question."""
         return sum(rows.contents.added for rows in self.mixture.rows)
 
-    def try_rows(self, count: int) -> None:
-        """Prepare up to `count` rows of the first epoch. Raises InputError if none has supervised tokens."""
+    def try_rows(self, count: int) -> int:
+        """Prepare up to `count` rows of the first epoch, until one fits a pack.
+
+        Returns the fewest tokens of one. Raises InputError if none has supervised tokens.
+        """
         order = self.mixture.order(0)
         picked = order[np.linspace(0, len(order) - 1, min(count, len(order)), dtype=int)].tolist()
-        reason = ""
+        reason, fewest = "", math.inf
         for source, index in picked:
             try:
                 row = self.mixture.rows[source][index]
-                self.processor.training_sample(row.conversation(self.finder))
-                return
+                sample = self.processor.training_sample(row.conversation(self.finder))
             except InputError as error:
                 reason = str(error)
-        raise InputError(
-            f"none of {counted(len(picked), 'row')} tried can be learned from; the last: {reason}; see "
-            "pumice data check"
-        )
+                continue
+            fewest = min(fewest, len(sample.input_ids))
+            if fewest <= self.recipe.pack_tokens:
+                break
+        if fewest == math.inf:
+            raise InputError(
+                f"none of {counted(len(picked), 'row')} tried can be learned from; the last: {reason}; see "
+                "pumice data check"
+            )
+        return int(fewest)
 
     @cached_property
     def _held_out_mixture(self) -> Mixture:

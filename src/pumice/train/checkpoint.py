@@ -30,6 +30,7 @@ from torch import Tensor
 from pumice.errors import InputError, WorkError, shorten
 from pumice.files import make_readable, sha256, sync
 from pumice.train.parallel import World
+from pumice.train.provenance import CONTENTS
 
 # The classes of a run, by which a resumed run is compared as by its recipe; a checkpoint leaves these out.
 CLASSES = {"trainer": "Trainer", "objective": "Objective"}
@@ -188,7 +189,12 @@ def latest(
         # 2. Verify files before the recipe: a damaged state.json could blame the recipe.
         _verify(path, world)
         state = _read_state(path / _STATE)
-        for key, stored, current in _differences(complete(state["recipe"]), recipe):
+        for key, stored, current in sorted(_differences(complete(state["recipe"]), recipe), key=_cause_first):
+            if key.startswith(CONTENTS):
+                raise InputError(
+                    f"the {key} have changed since this run began; bring the old ones back to continue, or "
+                    "start again in another output folder"
+                )
             now = "this run has" if key in CLASSES else "the recipe now says"
             raise InputError(
                 f"{path} was made with {key}: {stored!r}, {now} {current!r}; set it back to continue, start "
@@ -284,6 +290,12 @@ def _differences(stored: Any, current: Any, key: str = "") -> Iterator[tuple[str
             yield from _differences(stored.get(name), current.get(name), f"{key}.{name}" if key else name)
     elif stored != current:
         yield key, stored, current
+
+
+def _cause_first(difference: tuple[str, Any, Any]) -> int:
+    """Return a sort key: another path brings other contents, and those bring other numbers of steps."""
+    key = difference[0]
+    return 2 if key in ("steps", "shuffle_block") else 1 if key.startswith(CONTENTS) else 0
 
 
 def _list_checkpoints(folder: Path) -> list[Path]:

@@ -125,6 +125,7 @@ class Trainer:
         self._watch = GradientWatch({} if self.world.kind == "fsdp" else self.trainable, setup.part_of)
         # 6. The state that checkpoints save: counters, and what a resumed run must have in common.
         self.step = self.tokens = 0
+        self.notes: list[str] = []  # on what is odd about a new run
         self.digests = content_digests(recipe, self.batches.mixture.rows)
         self.fixed_fields = recipe.stored(exclude=FIXED_APART)
         if (block := self.batches.mixture.shuffle_block) != 1:  # 1 is what older versions did
@@ -162,7 +163,8 @@ class Trainer:
     def run(self) -> Path:
         """Train to the last step and return the model's folder; resume from the newest checkpoint, if any.
 
-        SIGINT or SIGTERM saves a checkpoint after the current step, then raises KeyboardInterrupt.
+        SIGINT or SIGTERM saves a checkpoint after the current step, then raises KeyboardInterrupt. Before and
+        after all steps it does so at once.
         """
         # 1. Make the output folder, and lock it so that no second run writes there.
         output = self.recipe.output
@@ -170,6 +172,7 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(self.features))
             if self.world.main:
+                stack.enter_context(at_signal())  # so that the folder is cleared; `_train` has its own
                 stack.enter_context(output_folder(output, lambda: self.step > 0))
             # 2. Resume from the newest checkpoint. A new run is checked before any compute is spent on it.
             resumed = self._resume(folder)
@@ -180,7 +183,7 @@ class Trainer:
                     draw_loss(output)
                 return model
             if not resumed and self.world.main:
-                preflight(self.setup, self.batches)
+                self.notes = preflight(self.setup, self.batches)
             # 3. Save the model once for trial: a run must not fail at its end because it cannot be saved.
             state = self.world.full_state(self.model)
             if self.world.main:
@@ -254,7 +257,8 @@ class Trainer:
         if not self.world.main:
             return TrainingReport(recipe, [], self.step, self.batches.steps, None, enabled=False)
         dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-        lines = self.setup.describe(self.batches.steps)
+        lines = self.setup.describe(self.batches.steps, min(recipe.batch, self.batches.pictures))
+        lines += [f"  {note}" for note in self.notes]
         if added := self.batches.added:
             naming = counted(added, "row", "name")
             lines.append(f"  {naming} pictures without <image>; it stands before the first question")

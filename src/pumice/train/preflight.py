@@ -8,7 +8,7 @@ import shutil
 import torch
 from packaging.version import Version
 
-from pumice.errors import InputError, install, wrong_input
+from pumice.errors import InputError, counted, install, wrong_input
 from pumice.files import folder_size
 from pumice.formats.load import check_bf16
 from pumice.geometry import image_layout
@@ -46,12 +46,23 @@ def check_device(recipe: Recipe, device: torch.device, world: World) -> None:
         )
 
 
-def preflight(setup: Setup, batches: Batches) -> None:
-    """Raise InputError for the first problem that would make the run fail or useless."""
+def preflight(setup: Setup, batches: Batches) -> list[str]:
+    """Return notes on what is odd. Raise InputError for what would make the run fail or useless."""
+    recipe = setup.recipe
     check_image_tokens(setup)
     batches.check()
-    batches.try_rows(TRIED_ROWS)
-    check_disk(setup.recipe, sizes(setup.recipe, setup.model.config, setup.device.type))
+    fewest = batches.try_rows(TRIED_ROWS)
+    check_disk(recipe, sizes(recipe, setup.model.config, setup.device.type))
+    notes = []
+    if recipe.batch > batches.pictures:
+        pictures = counted(batches.pictures, "picture")
+        notes.append(f"batch: {recipe.batch} is more than the {pictures} of an epoch, which is one step")
+    if recipe.pack_tokens < fewest:
+        notes.append(
+            f"pack_tokens: {recipe.pack_tokens} is too few for any row that was tried ({fewest} or more): "
+            "each is a pack of its own"
+        )
+    return notes
 
 
 def check_bitsandbytes(recipe: Recipe) -> None:

@@ -16,6 +16,7 @@ from pumice.formats.read import find_model
 from pumice.storage.download import WHEELS, locate, weight_files
 from pumice.train.recipe import NewModel, Recipe
 
+CONTENTS = "contents of "  # begins the name of a file's digest
 PACKAGES = ("pumice", "torch", "numpy", "pillow", "tokenizers", "safetensors")
 
 
@@ -36,8 +37,8 @@ def content_digests(recipe: Recipe, rows: Sequence[Rows]) -> dict[str, str]:
         paths += [file for name in names if name not in WHEELS for file in weight_files(locate(name))]
     elif recipe.base is not None:
         paths += weight_files(find_model(recipe.base))
-    return {f"contents of {source.label}": source.digest() for source in rows} | {
-        f"contents of {path}": sha256(path) for path in paths
+    return {f"{CONTENTS}{source.label}": source.digest() for source in rows} | {
+        f"{CONTENTS}{path}": sha256(path) for path in paths
     }
 
 

@@ -7,8 +7,9 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class TrainingReport:
 
     def __enter__(self) -> TrainingReport:
         if self.enabled:
-            self._bar.show(self._first_step, self.steps, "steps")
+            self._bar.show(self._first_step, self.steps, "step")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -93,7 +94,7 @@ class TrainingReport:
             elapsed = time.monotonic() - self._started
             note += "  " + time_left((self.steps - step) * elapsed / (step - self._first_step))
         if self.enabled:
-            self._bar.show(step, self.steps, "steps", note)
+            self._bar.show(step, self.steps, "step", note)
 
     def held_out(self, step: int, loss: float) -> None:
         """Report the mean loss of the held-out rows, in nats per supervised token."""
@@ -138,32 +139,38 @@ class TrainingReport:
 def output_folder(output: Path, has_begun: Callable[[], bool]) -> Iterator[None]:
     """Make a run's output folder, and lock it so that no second run writes there.
 
-    What the run wrote is removed if it ends before its first step. has_begun: whether it has done a step, or
-    resumes. Raises InputError if the folder cannot be made or another run uses it.
+    What the run wrote is removed if it ends before its first step. In any case the lock is removed, and so
+    are folders that the run made, also above `output`, and that hold nothing. has_begun: whether it has done
+    a step, or resumes. Raises InputError if the folder cannot be made or another run uses it.
     """
-    with wrong_input(OSError, f"the output folder {output} cannot be made: {CAUSE}; name another"):
-        is_new = not output.exists()
-        before: set[Path] = set() if is_new else {*output.iterdir()}
-        (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        lock = hold(output / LOCK, f"using the output folder {output}")
+    with contextlib.ExitStack() as stack:
+        with wrong_input(OSError, f"the output folder {output} cannot be made: {CAUSE}; name another"):
+            new = [*takewhile(lambda path: not path.exists(), (output, *output.parents))]
+            stack.callback(_remove_empty, new)
+            before: set[Path] = set() if new else {*output.iterdir()}
+            (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            lock = hold(output / LOCK, f"using the output folder {output}")
 
-    def remove(*names: str) -> None:
-        for path in () if has_begun() else {output / name for name in names} - before:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        def clear() -> None:
+            names = () if has_begun() else (CHECKPOINTS, RECIPE, METRICS, *WRITTEN)
+            for path in {output / name for name in names} - before:
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+            _remove_empty({output / CHECKPOINTS} - before)
 
-    try:
-        with lock, contextlib.ExitStack() as stack:
-            # While it holds the lock: afterwards another run may have begun to write there.
-            stack.callback(remove, CHECKPOINTS, RECIPE, METRICS, *WRITTEN)
-            yield
-    finally:
-        remove(LOCK)  # Windows removes no open file
-        if is_new:
-            with contextlib.suppress(OSError):  # it is not empty
-                output.rmdir()
+        stack.callback((output / LOCK).unlink, missing_ok=True)  # Windows removes no open file
+        stack.enter_context(lock)
+        # While it holds the lock: afterwards another run may have begun to write there.
+        stack.callback(clear)
+        yield
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # it holds something, or is gone
+            folder.rmdir()
 
 
 def draw_loss(output: Path) -> None:

@@ -63,8 +63,11 @@ class Setup:
         """Return the part of the model that a parameter belongs to, as the stage names its parts."""
         return part_of(name, self.recipe.stage.learn)
 
-    def describe(self, steps: int) -> list[str]:
-        """Return lines that say which parts learn, at which rate, and how many parameters they have."""
+    def describe(self, steps: int, pictures: int) -> list[str]:
+        """Return lines that say which parts learn, at which rate, and how many parameters they have.
+
+        pictures: of a step.
+        """
         sizes: dict[str, int] = {}
         for name, parameter in self.model.named_parameters():
             part = self.part_of(name)
@@ -75,8 +78,7 @@ class Setup:
                 sizes["decoder"] += module.in_features * module.out_features
         learn = self.recipe.stage.learn
         lines = [
-            f"{self.recipe.name}: {counted(steps, 'step')} of {counted(self.recipe.batch, 'picture')} on "
-            f"{self.device}"
+            f"{self.recipe.name}: {counted(steps, 'step')} of {counted(pictures, 'picture')} on {self.device}"
         ]
         for part, size in sizes.items():
             status = f"learns at {learn[part]:g}" if part in learn else "frozen"

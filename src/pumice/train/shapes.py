@@ -29,7 +29,7 @@ from pumice.storage.json_file import Keys, read_json
 from pumice.storage.parts import LoadedParts
 from pumice.storage.yaml_file import read_yaml
 from pumice.tokens import Tokenizer
-from pumice.train.recipe import NewConnector, NewModel, Recipe, load_recipe
+from pumice.train.recipe import NewConnector, NewModel, Recipe, load_recipe, recipe_path
 
 
 class Published(NamedTuple):
@@ -117,8 +117,21 @@ def _stored_config(model: Path, path: Path | None, notes: list[str]) -> ModelCon
     return read_model(model).config
 
 
+def check_base(recipe: Recipe, path: str | Path) -> None:
+    """Raise InputError if the recipe starts from a model that another one in its folder has still to write.
+
+    path: the recipe's file.
+    """
+    base = recipe.base
+    if base is not None and not base.exists() and (stage := _previous_stage(base, recipe_path(path))):
+        raise InputError(f"{base} does not exist yet: {stage[1].name} writes it; train that first")
+
+
 def _previous_stage(model: Path, path: Path) -> tuple[Recipe, Path] | None:
-    """Return the recipe in the same folder whose finished model is `model`, and its path."""
+    """Return the recipe in the same folder whose finished model is `model`, and its path.
+
+    Raises InputError if `model` is the output folder of one, beside its model.
+    """
     for other in sorted(path.parent.glob("*.y*ml")):
         if other.resolve() == path.resolve():
             continue
@@ -126,8 +139,13 @@ def _previous_stage(model: Path, path: Path) -> tuple[Recipe, Path] | None:
             candidate = load_recipe(other)
         except InputError:
             continue  # a file beside this recipe need not be a valid recipe
-        if candidate.output / "model" == model:
+        finished = candidate.output / "model"
+        if finished.absolute() == model.absolute():
             return candidate, other
+        if candidate.output.absolute() == model.absolute():
+            raise InputError(
+                f"{model} does not exist yet: {other.name} writes its model into {finished}; use that"
+            )
     return None
 
 

@@ -88,6 +88,9 @@ def test_a_judge_is_needed_and_so_are_all_replies(bench: Any, scored: Any, tmp_p
     with pytest.raises(InputError, match="1 line is cut off"):
         Judge(reviews, ChatEndpoint("http://127.0.0.1:9/v1", "judge"))
     assert reviews.read_text().endswith("my notes")
+    reviews.write_bytes(b"\xff\n")  # it is the user's own: nobody can fetch it
+    with pytest.raises(InputError, match="is not UTF-8 text; save it as UTF-8"):
+        Judge(reviews)
 
 
 @pytest.fixture
@@ -154,7 +157,7 @@ def test_mmvet_grades_of_its_own_evaluator_and_rows_of_llava(mmvet: Any, scored:
         assert (tmp_path / "grades.json").read_text() == text
     # Where the object is cut off, no line of it is asked again.
     (tmp_path / "grades.json").write_text(json.dumps(grades, indent=4)[:-30])
-    with pytest.raises(InputError, match=r"grades\.json' is cut off or not JSON .*fetch it again"):
+    with pytest.raises(InputError, match=r"grades\.json' is cut off or not JSON .*a right row is \{"):
         Judge(tmp_path / "grades.json")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,25 @@ def test_rows_that_are_here_tell_the_steps(make_recipe: Callable[..., Path]) -> 
     assert (estimate.steps, estimate.steps_per_epoch, estimate.notes) == (12, 2, [])
     assert estimate.device.kind == "cpu" and estimate.seconds is not None and estimate.seconds > 0
     assert estimate.fits
+
+
+def test_a_model_that_another_recipe_has_still_to_write(
+    make_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_recipe("first", output="runs/first")
+    monkeypatch.chdir(tmp_path)
+    for model in ("runs/first/model", str(tmp_path / "runs" / "first" / "model")):
+        second = make_recipe("second", model=model)
+        known, missing = plan(load_recipe(second), second).notes
+        assert known == f"{model} does not exist yet: its shape follows from first.yaml"
+        untrained = f"{model} does not exist yet: first.yaml writes it; train that first"
+        assert missing == f"the rows were not read ({untrained})"
+        with pytest.raises(InputError, match=re.escape(untrained)):
+            run(second)
+    second = make_recipe("second", model="runs/first")
+    for use in (run, lambda path: plan(load_recipe(path), path)):
+        with pytest.raises(InputError, match=r"first\.yaml writes its model into runs/first/model; use that"):
+            use(second)
 
 
 def test_memory_that_cannot_do_is_refused_before_weights_are_read(

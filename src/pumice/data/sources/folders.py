@@ -8,8 +8,7 @@ from pathlib import Path
 
 from pumice.data.sources.source import Joined, Record, Source
 from pumice.errors import InputError
-
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+from pumice.media import PICTURES
 
 
 class ClassFolders(Source):

@@ -16,12 +16,13 @@ from typing import Any
 
 from pumice.data.sources.coco import lists_in, open_lists
 from pumice.data.sources.columns import ColumnRows
-from pumice.data.sources.folders import PICTURES, ClassFolders, ImageFolder, has_class_folders, is_visible
+from pumice.data.sources.folders import ClassFolders, ImageFolder, has_class_folders, is_visible
 from pumice.data.sources.json_text import BOM, JsonRows
 from pumice.data.sources.source import Joined, Source, reading
 from pumice.data.sources.tables import Table, header_of
 from pumice.data.sources.tars import TarRows
 from pumice.errors import InputError
+from pumice.media import PICTURES
 
 HUB = "hf://"
 

@@ -13,10 +13,10 @@ from typing import BinaryIO
 import numpy as np
 
 from pumice.data.arrays import kept
-from pumice.data.sources.folders import PICTURES
 from pumice.data.sources.json_text import BOM
 from pumice.data.sources.source import OpenFiles, Record, Source, reading
 from pumice.errors import InputError, counted
+from pumice.media import PICTURES
 
 _DELIMITERS = "\t,;|"
 _LONGEST_NAME = 64  # characters of a column's name

@@ -212,6 +212,10 @@ class OwnFile(Task):
             return
         file = DataFile(data) if data.is_file() else self.locate(data, "questions.jsonl")
         file = replace(file, example=self.example)
+        if not file.text().strip():
+            raise InputError(
+                f"'{file}' is empty; write a table of questions, or one row per line such as {self.example}"
+            )
         for number, row in enumerate(read_rows(file, "question"), 1):
             yield _question(row, str(file), file.path.parent, number, self.box_map)
 

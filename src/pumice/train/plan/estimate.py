@@ -26,7 +26,7 @@ from pumice.train.devices import find_gpu, for_device, gpus, peak, thread_notes,
 from pumice.train.parallel import check_shardable, needs_shards
 from pumice.train.plan.footprint import Footprint, PackShape, measure
 from pumice.train.recipe import Recipe
-from pumice.train.shapes import processor_of, shape
+from pumice.train.shapes import check_base, processor_of, shape
 from pumice.train.sizes import Sizes, sizes
 
 GPU_UTILISATION = 0.4  # share of a GPU's peak that a step reaches: assumed, as none was measured yet
@@ -106,7 +106,7 @@ def plan(
     device = describe_device(recipe, gpu, gpu_memory)
     notes += thread_notes(device.kind)
     recipe = for_device(recipe, device.kind)
-    packs, steps, per_epoch, step_tokens = _packs(recipe, config, rows, notes, processes)
+    packs, steps, per_epoch, step_tokens = _packs(recipe, path, config, rows, notes, processes)
     largest = max(packs, key=lambda pack: (pack.tokens, pack.tiles))
     kind = "cpu" if device.kind == "cpu" else "cuda"
     if device.kind == "mps":
@@ -216,13 +216,20 @@ def _memory(
 
 
 def _packs(
-    recipe: Recipe, config: ModelConfig, rows: int | None, notes: list[str], processes: int
+    recipe: Recipe,
+    path: Path | None,
+    config: ModelConfig,
+    rows: int | None,
+    notes: list[str],
+    processes: int,
 ) -> tuple[list[PackShape], int | None, int | None, float]:
     """Return (packs to plan for, steps, steps per epoch, tokens of a step); steps are None where unknown."""
     missing = [Path(s.rows) for s in recipe.data if is_missing(s.rows)]
     missing += [folder for folder in recipe.pictures if not folder.exists()]
     if not missing:
         try:
+            if path is not None:
+                check_base(recipe, path)
             return _from_rows(recipe, processes)
         except (InputError, WorkError) as error:
             notes.append(f"the rows were not read ({error})")
