@@ -347,15 +347,27 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def with_generation(source: Path, folder: Path, **generation: float) -> Path:
+    """A copy of a model whose folder says how answers are drawn."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["generation"] = generation
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def penalising(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model, whose folder says that what was said becomes less likely."""
     folder = tmp_path_factory.mktemp("penalising") / "model"
-    shutil.copytree(tiny_folder, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["generation"] = {"repetition_penalty": 9.0}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return with_generation(tiny_folder, folder, repetition_penalty=9.0)
+
+
+@pytest.fixture(scope="session")
+def searching(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, whose folder asks for beam search."""
+    folder = tmp_path_factory.mktemp("searching") / "model"
+    return with_generation(tiny_folder, folder, num_beams=3, length_penalty=0.5)
 
 
 @pytest.fixture(scope="session")

@@ -326,6 +326,11 @@ def test_fields_that_came_later_are_written_only_where_they_say_something() -> N
         ({"top_k": -1}, "top_k is -1; give 0 (off) or more"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; give 0.01 to 1000000.0"),
         ({"temperature": float("nan")}, "temperature is nan; give 0 (greedy) or more"),
+        ({"num_beams": 0}, "num_beams is 0; give 1 (off) to 64"),
+        (
+            {"num_beams": 3, "temperature": 0.2},
+            "num_beams is 3, which goes with temperature 0 and no penalty only",
+        ),
     ],
 )
 def test_how_answers_are_drawn_is_checked_as_it_is_read(fields: dict[str, Any], message: str) -> None:

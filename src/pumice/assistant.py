@@ -271,7 +271,11 @@ class Assistant:
         InputError.
         """
         prompt = self._prompt(conversation, self._params(sampling), continued)
-        return prompt if schema is None else dataclasses.replace(prompt, constraint=self.json(schema))
+        if schema is None:
+            return prompt
+        if sampling.get("num_beams", 1) > 1:
+            raise InputError(f"num_beams is {sampling['num_beams']}, which does not go with a schema")
+        return dataclasses.replace(prompt, constraint=self.json(schema))
 
     def json(self, schema: Mapping[str, Any] | None) -> JsonSchema:
         """Compile a JSON Schema, or None for any JSON object, to a constraint. Reuse it: this is slow."""
@@ -313,7 +317,7 @@ class Assistant:
 
     def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
         """Return the caller's options, else the model's, with the template's stop text if it has one."""
-        params = SamplingParams.of({**self.generation, **sampling})
+        params = SamplingParams.of(SamplingParams.options(self.generation, sampling))
         template = self.processor.template
         if self.processor.tokenizer.stops(template):
             return params

@@ -9,7 +9,7 @@ import json
 import math
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pumice.config_json import as_stored, from_dict, later
@@ -28,6 +28,8 @@ SAMPLING_RANGES = {
     "top_p": (math.ulp(0.0), 1, "more than 0, at most 1"),
     "top_k": (0, math.inf, "0 (off) or more"),
     "repetition_penalty": (0.01, 1e6, "0.01 to 1000000.0"),  # one near 0 makes logits infinite
+    "num_beams": (1, 64, "1 (off) to 64"),
+    "length_penalty": (-10, 10, "-10 to 10"),
 }
 DECODER_ACTIVATIONS = ("silu", "gelu_tanh")
 # How a connector reduces the features of a tile -> their number after it, from the features on a side and the
@@ -277,11 +279,26 @@ class GenerationConfig:
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
+    num_beams: int = later(1)
+    length_penalty: float = later(1.0)
 
     def __post_init__(self) -> None:
         for name, (low, high, words) in SAMPLING_RANGES.items():
             if not low <= (value := getattr(self, name)) <= high:
                 raise InputError(f"{name} is {shorten(value)}; give {words}")
+        if self.num_beams > 1 and (self.temperature or self.repetition_penalty != 1):
+            raise InputError(
+                f"num_beams is {self.num_beams}, which goes with temperature 0 and no penalty only"
+            )
+
+    @property
+    def used(self) -> GenerationConfig:
+        """The same without the values that have no effect, such as top_p where the temperature is 0."""
+        if self.temperature:
+            return replace(self, length_penalty=1.0)
+        penalty, beams = self.repetition_penalty, self.num_beams
+        length_penalty = self.length_penalty if beams > 1 else 1.0
+        return GenerationConfig(repetition_penalty=penalty, num_beams=beams, length_penalty=length_penalty)
 
 
 _GREEDY = GenerationConfig()

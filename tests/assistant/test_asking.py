@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from questions import SHORT, image_part
 
 from pumice import InputError
 from pumice.assistant import Assistant, load
+from pumice.config import GenerationConfig
 from pumice.conversation import Conversation, Message, user_message
 from pumice.files import Lock
 
@@ -175,6 +177,40 @@ def test_logits_are_those_that_the_answer_comes_from(exact: Assistant, pictures:
     assert logits.dtype == torch.float32
     first = exact.processor.tokenizer.decode([int(logits[-1].argmax())])
     assert exact.ask(pictures[0], "What?", max_new_tokens=1) == first
+
+
+def test_beams(exact: Assistant, pictures: list[Path]) -> None:
+    beams = {**SHORT, "num_beams": 3}
+    answer = exact.ask(pictures[0], "What?", **beams)
+    assert answer != exact.ask(pictures[0], "What?", **SHORT)
+    reply = exact.stream(Conversation((user_message("What?", [pictures[0]]),)), **beams)
+    assert list(reply) == [answer]  # as a whole
+    assert (reply.tokens > 0, reply.prompt_progress[0]) == (True, reply.prompt_progress[1])
+    with pytest.raises(InputError, match="num_beams is 3, which does not go with a schema"):
+        exact.stream(
+            Conversation((user_message("What?", [pictures[0]]),)), schema={"type": "object"}, **beams
+        )
+
+
+def test_a_model_s_own_beams_give_way(exact: Assistant, pictures: list[Path]) -> None:
+    generation = GenerationConfig(num_beams=3)
+    with_beams = dataclasses.replace(exact.model.config, generation=generation)
+    model = Assistant(exact.model, exact.processor)
+    own = exact.ask(pictures[0], "What?", **SHORT, num_beams=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exact.model, "config", with_beams)
+        assert model.ask(pictures[0], "What?", **SHORT) == own
+        assert model.ask_many([(pictures[0], "What?")], **SHORT) == [own]
+        assert model.ask(pictures[0], "What?", **SHORT, num_beams=1) != own
+        drawn = model.ask(pictures[0], "What?", **SHORT, temperature=1.0, seed=3)
+        schema = {"type": "string", "maxLength": 3}
+        held = "".join(
+            model.stream(Conversation((user_message("What?", [pictures[0]]),)), schema=schema, **SHORT)
+        )
+    assert drawn == exact.ask(pictures[0], "What?", **SHORT, temperature=1.0, seed=3)
+    assert held == "".join(
+        exact.stream(Conversation((user_message("What?", [pictures[0]]),)), schema=schema, **SHORT)
+    )
 
 
 def test_a_model_s_folder_says_how_answers_are_drawn(exact: Assistant, penalising: Path) -> None:

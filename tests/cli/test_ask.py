@@ -216,6 +216,31 @@ def test_an_option_goes_before_what_the_model_s_folder_says(
     assert run("ask", "What?", *SHORT, *model, "--repetition-penalty", "1").stdout == plain + "\n"
 
 
+def test_beams(run: Any, searching: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    tiny = load(tiny_folder, device="cpu")
+    greedy = tiny.ask(None, "What?", max_new_tokens=8)
+    best = tiny.ask(None, "What?", max_new_tokens=8, num_beams=3, length_penalty=0.5)
+    assert best != greedy
+    model = ["--model", str(searching)]
+    assert run("ask", "What?", *SHORT, *model).stdout == best + "\n"
+    assert run("ask", "What?", *SHORT, "--num-beams", "3", "--length-penalty", "0.5").stdout == best + "\n"
+    assert run("ask", "What?", *SHORT, *model, "--num-beams", "1").stdout == greedy + "\n"
+    assert run("ask", "What?", *SHORT, *model, "--temperature", "0").stdout == best + "\n"
+    refused = run("ask", "What?", *SHORT, "--num-beams", "3", "--temperature", "1")
+    assert (refused.exit_code, "num_beams is 3, which does not go with temperature" in refused.stderr) == (
+        2,
+        True,
+    )
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "What?"}\n' * 2)
+    batch = ["--batch", str(rows), "--out", str(tmp_path / "out.jsonl"), *SHORT, *model]
+    for more, answer in ((), best), (("--repetition-penalty", "1.0"), best), (("--num-beams", "1"), greedy):
+        assert run("ask", *batch, *more).exit_code == 0
+        answers = [json.loads(line)["answer"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        assert answers == [answer] * 2
+        (tmp_path / "out.jsonl").unlink()
+
+
 @pytest.mark.parametrize(("word", "bits"), [("none", None), ("int8", "int8"), ("int4", "int4")])
 def test_bits_reach_the_model(run: Any, tiny_folder: Path, word: str, bits: Any) -> None:
     expected = load(tiny_folder, device="cpu", quantize=bits).ask(None, "What?", max_new_tokens=8)

@@ -46,6 +46,16 @@ def test_answers_as_the_assistant_does(model: Any) -> None:
     assert answers == [answer.partition("\n\n")[0] for answer in asked]
 
 
+def test_beams_are_those_of_the_task(model: Any) -> None:
+    answers = model.generate_until(requests("generate_until", {"num_beams": 5, "max_new_tokens": 5}))
+    options = {"num_beams": 5, "max_new_tokens": 5}
+    assert answers == [model.assistant.ask(visual(doc), "What colour?", **options) for doc in DOCS]
+    from pumice.evaluate.lmms_adapter import sampling
+
+    assert sampling({"num_beams": 3, "length_penalty": 0.5})["length_penalty"] == 0.5
+    assert "num_beams" not in sampling({"num_beams": 3, "temperature": 1.0})
+
+
 def test_the_loss_is_that_of_the_logits(model: Any) -> None:
     losses = model.loglikelihood(requests("loglikelihood", "red and blue"))
     assert len({loss for loss, _ in losses}) == len(DOCS)  # the picture counts
@@ -59,7 +69,5 @@ def test_the_loss_is_that_of_the_logits(model: Any) -> None:
 def test_what_it_cannot_do_is_refused(model: Any) -> None:
     with pytest.raises(InputError, match="sees pictures alone"):
         model.generate_until(requests("generate_until", {}, lambda doc: ["film.mp4"]))
-    with pytest.raises(InputError, match="5 beams"):
-        model.generate_until(requests("generate_until", {"num_beams": 5}))
     with pytest.raises(InputError, match="one round only"):
         model.generate_until_multi_round([])

@@ -230,6 +230,35 @@ def test_greedy_answers_equal(pair: Pair) -> None:
     assert [token for _, token in generate(pair.model, [prompt]) if token is not None] == reference
 
 
+@pytest.mark.parametrize(
+    ("beams", "penalty", "stops", "longest"),
+    [(2, 1.0, 1, 12), (3, 0.0, 3, 12), (3, 2.5, 3, 12), (4, -1.0, 2, 9), (5, 1.0, 0, 7), (3, 0.7, 2, 1)],
+)
+@torch.no_grad()
+def test_answers_of_beam_search_equal(beams: int, penalty: float, stops: int, longest: int) -> None:
+    pair = make("llava, clip")
+    for seed in range(8):
+        sizes = SHAPES[seed % 3 : seed % 3 + 1]
+        ids = pair.ids(sizes, seed=seed)
+        inputs = pair.hf_inputs(torch.tensor([ids]), sizes)
+        # Likely tokens end answers, so that answers of several lengths compete.
+        likely = pair.hf_logits(torch.tensor([ids]), sizes)[0, -1].topk(20).indices.tolist()
+        ends = likely[3 : 3 + stops]
+        reference = pair.hf_model.generate(
+            **inputs, max_new_tokens=longest, do_sample=False, num_beams=beams, length_penalty=penalty,
+            early_stopping=False, eos_token_id=ends or None, pad_token_id=0,
+        )[0, len(ids) :].tolist()  # fmt: skip
+        end = next((place for place, token in enumerate(reference) if token in ends), None)
+        expected = reference[:end]
+        model = Llava(dataclasses.replace(pair.config, stop_token_ids=tuple(ends))).eval()
+        model.load_state_dict(pair.model.state_dict())
+        params = SamplingParams(max_new_tokens=longest, num_beams=beams, length_penalty=penalty)
+        prompt = Prompt(torch.tensor(ids), pair.image_tokens(sizes), params)
+        for slots in (1, 8):
+            answer = [token for _, token in generate(model, [prompt], slots=slots) if token is not None]
+            assert answer == expected
+
+
 def test_onevision_shrinks_a_large_map() -> None:
     config = MODELS["onevision"][2]
     layout = tile_layout(config, (100, 99))

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from asking import ask, data_uri, picture, post, user_message, wait_until
+from asking import WORD, WORDS, ask, data_uri, picture, post, user_message, wait_until
 
 from pumice.assistant import Assistant, load
 from pumice.conversation import Conversation, ImagePart, Message
@@ -197,6 +197,29 @@ def test_the_model_s_folder_says_how_answers_are_drawn(
     assert chat.choices[0].message.content == reference
     assert plain.choices[0].message.content == naive(exact, question, max_new_tokens=12) != reference
     assert text.choices[0].text != other.choices[0].text
+
+
+def test_the_model_s_beams(local: Any, exact: Assistant, searching: Path) -> None:
+    """They bring an answer as a whole, and give way to what they do not go with."""
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 12}
+    asked["messages"] = [{"role": "user", "content": "What?"}]
+    with local(folder=searching) as url:
+        create = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0).chat.completions.create
+        answer = create(**asked)
+        both = create(**asked, n=2)
+        stream = [c.choices[0].delta.content for c in create(**asked, stream=True) if c.choices]
+        scored = create(**asked, logprobs=True)
+        drawn = create(**asked, temperature=1.0, seed=3)
+        held = create(**asked | {"max_tokens": 40}, extra_body={"structured_outputs": {"json": WORD}})
+    expected = exact.ask(None, "What?", max_new_tokens=12, num_beams=3, length_penalty=0.5)
+    greedy = exact.ask(None, "What?", max_new_tokens=12)
+    assert answer.choices[0].message.content == expected != greedy
+    assert [one.message.content for one in both.choices] == [expected] * 2
+    assert [piece for piece in stream if piece] == [expected]
+    assert scored.choices[0].message.content == greedy
+    other = exact.ask(None, "What?", max_new_tokens=12, temperature=1.0, seed=3)
+    assert drawn.choices[0].message.content == other
+    assert json.loads(held.choices[0].message.content or "") in WORDS
 
 
 def test_many_at_once_answer_as_alone(server: str, exact: Assistant) -> None:

@@ -251,10 +251,13 @@ def _ask_batch(source: Path, out: Path, asking: _Asking, slots: int) -> None:
 
 def _answer_rows(rows: list[_Row], partial: Path, asking: _Asking, slots: int) -> list[str | InputError]:
     """Return the answer or the error of each row. A stopped run continues from the answers in `partial`."""
+    from pumice.engine.sampling import SamplingParams
+
     if not rows:
         return []
     assistant = asking.opening.load_to_ask(asking.model, asking.sampling)
-    sampling = {**assistant.generation, **asking.sampling}  # the file says with what it was asked in full
+    # The file says with what it was asked in full.
+    sampling = SamplingParams.options(assistant.generation, asking.sampling)
     questions = [(list(row.images), row.question) for row in rows]
     asked = {"model": asking.model, "frames": asking.frames, **asking.opening.arguments(), **sampling}
     with AnswerFile(partial, questions, asked) as file, ProgressBar(log_seconds=LOG_SECONDS) as bar:

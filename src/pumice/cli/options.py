@@ -207,10 +207,26 @@ class Sampling:
     repetition_penalty: Annotated[
         float | None, Option(help="Above 1, words already said become less likely.", show_default=MODELS)
     ] = None
+    num_beams: Annotated[
+        int | None,
+        Option(help="Keep this many beginnings and take the best answer, as a whole.", show_default=MODELS),
+    ] = None
+    length_penalty: Annotated[
+        float | None,
+        Option(help="With beams: above 0, longer answers become more likely.", show_default=MODELS),
+    ] = None
     stop: Annotated[tuple[str, ...], Option(help="End the answer before this text; repeat as needed.")] = ()
     seed: Annotated[int | None, Option(help="Draw the same answer again (with a temperature).")] = None
 
     def given(self) -> dict[str, Any]:
         """Return the fields that do not come from the model's folder."""
-        by_model = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        by_model = (
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "num_beams",
+            "length_penalty",
+        )
         return {k: v for k, v in vars(self).items() if v is not None or k not in by_model}

@@ -13,12 +13,12 @@ import functools
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pumice.engine.beams import BeamSearches
 from pumice.engine.cache import PrefixCache
 from pumice.engine.graphs import DecodeGraphs
 from pumice.engine.native import TRIAL_ROWS, NativeDecoder, native_decoder
@@ -27,6 +27,7 @@ from pumice.engine.sampling import TokenLogprob, sample, token_logprobs
 from pumice.engine.scheduler import Scheduler
 from pumice.engine.sizes import cache_size, check_sizes, chunk_size, has_memory, mapped_bytes
 from pumice.engine.snapshot import Snapshot
+from pumice.engine.stats import EngineStats
 from pumice.errors import WorkError
 from pumice.kernels.allocator import keep_freed_memory
 from pumice.model.cache import BLOCK, KVCache, Segment
@@ -40,22 +41,6 @@ NOT_FINITE = -1  # in place of a token, where its logits are no numbers
 KEPT_FREED_BYTES = 256 * 2**20
 
 Plan = list[tuple[Request, int]]  # requests, and how many tokens of each a step computes
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What the engine does now, and what it has done since it was created."""
-
-    running: int
-    waiting: int
-    slots: int  # requests that can run at a time; each has one slot of the KV cache
-    cached_tokens: int  # of finished requests, ready to be reused
-    cache_capacity: int  # tokens
-    prompt_tokens: int  # of all requests that have started
-    generated_tokens: int
-    prefix_hits: int  # of `prompt_tokens`, those found in the prefix cache
-    evictions: int  # blocks evicted from the prefix cache
-    steps: int
 
 
 class Engine:
@@ -111,6 +96,7 @@ class Engine:
         )
         self._scheduler = Scheduler(slots, chunk, self._prefix_cache)
         self._stops = frozenset(model.config.stop_token_ids)
+        self._searches = BeamSearches(self._scheduler, self._stops)
         self._generated_tokens = self._steps = 0
         self._step_lock = threading.RLock()
         self._interrupted = False  # whether a step has begun and not ended
@@ -156,6 +142,7 @@ class Engine:
 
     def _recover(self) -> None:
         if self._interrupted:  # such as by Ctrl-C
+            self._searches.recover()
             self._scheduler.recover()
             self._interrupted = False
 
@@ -173,7 +160,7 @@ class Engine:
         if self._take_submitted() and not self._snapshot.is_current():
             self.forget()
         # 2. End cancelled requests before they cost anything.
-        for request in [request for request in self._requests() if request.cancelled]:
+        for request in [request for request in self._requests() if request.submitted.cancelled]:
             self._finish(request, "cancelled")
         # 3. Plan: one token per running answer, then prompt chunks until the budget is used.
         try:
@@ -266,8 +253,7 @@ class Engine:
                 self._deliver_next_tokens([item for group in groups for item in group], torch.cat(logits))
         except Exception as error:  # such as no memory: end the requests of this step, and only these
             for request, _ in plan:
-                if request.finish is None:
-                    self._finish(request, "error", error)
+                self._finish(request, "error", error)
 
     def _split(self, plan: Plan) -> list[Plan]:
         """Split a plan into groups that are computed together.
@@ -411,6 +397,10 @@ class Engine:
             if isinstance(token, Exception):
                 self._finish(request, "error", token)
                 continue
+            if request.prompt.num_beams > 1:
+                if (search := self._searches.add(request, logits[row])) and search.answer:
+                    self._finish(search.request, search.answer.finish, tokens=tuple(search.answer.tokens))
+                continue
             if token in self._stops:
                 self._finish(request, "stop")
                 continue
@@ -437,6 +427,13 @@ class Engine:
         tokens: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprob, ...] | None = None,
     ) -> None:
+        request = request.submitted
+        if request.finish is not None:  # with another hypothesis of its search
+            return
+        if request.search is not None:
+            self._searches.end(request.search)
+            self._generated_tokens += len(tokens)
+            request.tokens += tokens
         self._scheduler.remove(request)
         request.finish = finish
         self._deliver(request, Delta(tokens, logprobs, finish, error, request.cached_tokens))

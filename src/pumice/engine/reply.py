@@ -49,7 +49,9 @@ class Reply(Iterator[str]):
     def prompt_progress(self) -> tuple[int, int]:
         """How many tokens of the prompt are computed, and how many it has."""
         total = len(self._prompt.input_ids)
-        return min(total, sum(request.computed for request in self._requests)), total
+        # Once a beam search has begun, its hypotheses run in place of the request.
+        computed = (request.computed if request.search is None else total for request in self._requests)
+        return min(total, sum(computed)), total
 
     def begin(self) -> Reply:
         """Submit the prompt to the engine. Asking for the first piece does this too."""

@@ -5,11 +5,12 @@ Shapes: T tokens of a prompt, M images, N image tokens of one image, D width.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from pumice.engine.cache import CacheSlot
 from pumice.engine.sampling import Constraint, SamplingParams, TokenLogprob, token_logprobs
 from pumice.errors import ContextOverflow, InputError, counted
 from pumice.model.llava import Llava
+
+if TYPE_CHECKING:
+    from pumice.engine.beams import BeamSearch
 
 Finish = Literal["stop", "length", "cancelled", "error"]
 
@@ -63,6 +67,11 @@ class Prompt:
         per_image = [tokens.flatten(0, -2)] if tokens.dim() < 3 else list(tokens)
         images = tuple(PromptImage(_hash(t), len(t), functools.partial(_identity, t)) for t in per_image)
         object.__setattr__(self, "images", images)
+
+    @property
+    def num_beams(self) -> int:
+        """The hypotheses of a beam search; 1 is none. A constraint follows a single answer."""
+        return self.params.num_beams if self.constraint is None else 1
 
     def check(self, vocabulary: int) -> None:
         """Raise ValueError unless images fill the placeholders and all other ids are in the vocabulary."""
@@ -166,6 +175,7 @@ class Request:
     cached_tokens: int = 0
     admitted: bool = False  # stays True when the request is preempted
     slot: CacheSlot | None = None  # while the request runs
+    search: BeamSearch | None = None  # that this request began, or is a hypothesis of
     # Image tokens of the next step, and the offsets of their placeholders in it.
     step_images: tuple[np.ndarray, Tensor] | None = None
     # By image key, until the prompt is computed.
@@ -185,6 +195,11 @@ class Request:
         image_hashes = [image_token_hashes(image.key, image.count) for image in self.prompt.images]
         if image_hashes:
             self._token_hashes[self.placeholders] = np.concatenate(image_hashes)
+
+    @property
+    def submitted(self) -> Request:
+        """The request whose hypothesis this is; otherwise itself."""
+        return self if self.search is None else self.search.request
 
     @property
     def ids(self) -> np.ndarray:
@@ -250,6 +265,14 @@ class Request:
                 parts.append(self.encode(image)[lower:upper])
             preceding += image.count
         return self.placeholders[first:last] - start, torch.cat(parts)
+
+    def continued(self, token: int) -> Request:
+        """Return a request that goes on with this token, for another hypothesis of its search."""
+        other = copy.copy(self)
+        other._ids, other._token_hashes = self._ids.copy(), self._token_hashes.copy()
+        other.tokens, other.slot, other.admitted = [*self.tokens], None, True
+        other.append(token)
+        return other
 
     def append(self, token: int) -> None:
         """Add a token to the answer."""

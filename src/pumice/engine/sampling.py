@@ -32,7 +32,12 @@ _RANGES = SAMPLING_RANGES | {
     "prompt_logprobs": (0, math.inf, "0 or more"),
 }
 _OPTIONAL = ("seed", "logprobs", "prompt_logprobs")  # may be None
-_WHOLE = ("max_new_tokens", "top_k", *_OPTIONAL)
+# What beam search does without.
+_WITHOUT_BEAMS = {
+    "temperature": 0, "repetition_penalty": 1, "frequency_penalty": 0, "presence_penalty": 0,
+    "logprobs": None, "prompt_logprobs": None,
+}  # fmt: skip
+_WHOLE = ("max_new_tokens", "top_k", "num_beams", *_OPTIONAL)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,10 @@ class SamplingParams:
     seed: int | None = None  # None gives another answer each time
     logprobs: int | None = None  # return log-probabilities of each token and of this many most likely ones
     prompt_logprobs: int | None = None  # the same of the prompt's tokens, all of which are computed then
+    # Beam search: the beginnings of an answer that are kept; 1 is off. It is greedy, without penalties and
+    # log-probabilities, and the answer comes as a whole.
+    num_beams: int = 1
+    length_penalty: float = 1.0  # power of the length that sums of log-probabilities are divided by
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -70,6 +79,23 @@ class SamplingParams:
                 raise InputError(f"{name} is {value}; give {words}")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise InputError(f"stop is {list(self.stop)!r}; give texts that are not empty")
+        if self.num_beams > 1 and (others := self._beside_beams()):
+            raise InputError(f"num_beams is {self.num_beams}, which does not go with {', '.join(others)}")
+
+    def _beside_beams(self) -> list[str]:
+        """Return the options that are set and that beam search does not have."""
+        return [name for name, off in _WITHOUT_BEAMS.items() if getattr(self, name) != off]
+
+    @staticmethod
+    def options(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the given options, and the defaults of others.
+
+        Default beams are left out beside what they do not go with.
+        """
+        options = {**defaults, **given}
+        if "num_beams" not in given and any(options.get(n, off) != off for n, off in _WITHOUT_BEAMS.items()):
+            options["num_beams"] = 1
+        return options
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> SamplingParams:

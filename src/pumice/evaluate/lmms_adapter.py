@@ -142,9 +142,7 @@ def _match_placeholders(context: str, images: int) -> str:
 
 
 def sampling(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert lmms-eval's generation_kwargs to fields of `SamplingParams`. Raises InputError on beams."""
-    if int(options.get("num_beams") or 1) > 1:
-        raise InputError(f"the task wants {options['num_beams']} beams; Pumice decodes greedily or samples")
+    """Convert lmms-eval's generation_kwargs to fields of `SamplingParams`."""
     stop = options.get("until") or ()
     samples = bool(options.get("do_sample", float(options.get("temperature") or 0) > 0))
     params: dict[str, Any] = {
@@ -152,6 +150,9 @@ def sampling(options: Mapping[str, Any]) -> dict[str, Any]:
         "temperature": float(options.get("temperature") or 0) if samples else 0.0,
         "stop": (stop,) if isinstance(stop, str) else tuple(stop),
     }
+    if not samples:
+        params["num_beams"] = int(options.get("num_beams") or 1)
+        params["length_penalty"] = float(options.get("length_penalty") or 1)
     if samples and options.get("top_p"):
         params["top_p"] = float(options["top_p"])
     return params

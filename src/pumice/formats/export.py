@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pumice.config import GenerationConfig, ModelConfig
+from pumice.config import ModelConfig
 from pumice.errors import InputError, check_known
 from pumice.formats.gguf import ollama
 from pumice.formats.gguf import write as gguf_write
@@ -173,11 +173,8 @@ def _check_text_side(to: str, folder: Path, model: LoadedParts) -> None:
     """The same of how a conversation is written, where an answer ends, and how it is drawn."""
     config = model.config
     text = read_text_side(folder, Keys.of(folder / "config.json"))
-    drawn = config.generation
-    if not drawn.temperature:  # greedy: only the penalty is used, and written
-        drawn = GenerationConfig(repetition_penalty=drawn.repetition_penalty)
     pairs: list[tuple[str, object, object]] = [
-        ("generation", drawn, read_generation(folder)),
+        ("generation", config.generation.used, read_generation(folder)),
         ("bos_token_id", config.bos_token_id, text.files.bos_id),
         ("stop_token_ids", config.stop_token_ids, text.stop_ids),
     ]

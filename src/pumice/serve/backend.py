@@ -350,7 +350,7 @@ class Backend:
         if (largest := max(ids)) >= size:
             number = shorten(largest, 40)
             raise InputError(f"the prompt has the token {number}, the model only {size}; give others")
-        params = SamplingParams(**{**self.assistant.generation, **sampling})
+        params = SamplingParams(**SamplingParams.options(self.assistant.generation, sampling))
         prompt = Prompt(torch.tensor(ids, dtype=torch.int64), params=params)
         check_room(self.assistant.model, prompt)
         return prompt

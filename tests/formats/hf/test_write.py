@@ -16,6 +16,7 @@ from pumice.assistant import conversation_of, load
 from pumice.config import IMAGE_TOKEN, GenerationConfig
 from pumice.formats.export import export
 from pumice.formats.hf.config import decoder_config
+from pumice.formats.hf.read import read_generation
 from pumice.formats.hf.write import as_mlp, generation_config, image_processor, text_config
 from pumice.formats.read import read_model
 from pumice.model.connector import Connector
@@ -123,6 +124,27 @@ def test_how_answers_are_drawn_travels(models: ModuleType) -> None:
     # Without a top_k, transformers takes the 50 likeliest tokens.
     drawn = {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "top_k": 0}
     assert settings(temperature=0.5, top_p=0.9) == plain | drawn
+    beams = {"num_beams": 3, "length_penalty": 0.5}
+    assert settings(**beams) == plain | beams
+    # transformers warns of values that have no effect.
+    assert settings(length_penalty=0.5, top_k=9) == plain
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"num_beams": 3, "length_penalty": 0.5}, {"repetition_penalty": 1.2}, {"temperature": 0.5, "top_k": 7}],
+)
+def test_how_answers_are_drawn_comes_back(fields: dict[str, Any], models: ModuleType, tmp_path: Path) -> None:
+    config = next(iter(models.ARCHITECTURES.values())).config
+    generation = GenerationConfig(**fields)
+    written = generation_config(replace(config, generation=generation))
+    (tmp_path / "generation_config.json").write_text(json.dumps(written))
+    assert read_generation(tmp_path) == generation
+
+
+def test_beams_beside_a_penalty_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"num_beams": 3, "repetition_penalty": 1.2}')
+    assert read_generation(tmp_path) == GenerationConfig(repetition_penalty=1.2)
 
 
 LLAVA_1 = "CLIP + Llama, linear, crop (LLaVA 1.0)"

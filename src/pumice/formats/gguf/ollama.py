@@ -56,6 +56,8 @@ def write_modelfile(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> 
         "in that folder: `ollama create NAME -f Modelfile`, then `ollama run NAME 'What is this? "
         f"./dog.jpg'` (Ollama {OLDEST} or newer)"
     ]
+    if generation.num_beams > 1:
+        notes.append("Ollama has no beam search: it takes the likeliest token each time")
     if template.chat.trim:
         notes.append("Ollama does not remove the blanks around a text, as this chat format does")
     return notes

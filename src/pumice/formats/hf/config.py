@@ -29,7 +29,7 @@ _Number = TypeVar("_Number", int, float)
 # What every exporter writes of these parts.
 WRITTEN = {
     RopeScaling: fields(ROPE_SCALING),
-    GenerationConfig: fields("temperature top_p top_k repetition_penalty"),
+    GenerationConfig: fields("temperature top_p top_k repetition_penalty num_beams length_penalty"),
     ChatFormat: fields(f"{CHAT} {PICTURED}"),
     LoraConfig: fields(LORA),
 }

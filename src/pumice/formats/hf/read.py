@@ -131,7 +131,10 @@ def read_generation(folder: Path) -> GenerationConfig:
     keys = Keys.of(folder / "generation_config.json")
     penalty = keys.get("repetition_penalty", float, 1.0)
     if not keys.get("do_sample", bool, False):
-        return GenerationConfig(repetition_penalty=penalty)
+        if penalty != 1:  # Pumice's beam search has no penalty
+            return GenerationConfig(repetition_penalty=penalty)
+        beams, length_penalty = keys.get("num_beams", int, 1), keys.get("length_penalty", float, 1.0)
+        return GenerationConfig(num_beams=beams, length_penalty=length_penalty).used
     temperature, top_p = keys.get("temperature", float, 1.0), keys.get("top_p", float, 1.0)
     return GenerationConfig(temperature, top_p, keys.get("top_k", int, 50), penalty)
 

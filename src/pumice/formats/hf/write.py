@@ -316,14 +316,12 @@ def generation_config(config: ModelConfig) -> dict[str, Any]:
         "eos_token_id": stops or None,
         "pad_token_id": next(iter(stops), None),
     }
-    drawn = asdict(config.generation)
-    if not drawn["temperature"]:  # greedy: transformers warns of what only a draw would use
-        drawn = {"do_sample": False, "repetition_penalty": drawn["repetition_penalty"]}
-    else:
-        drawn["do_sample"] = True
-    # Absent keys have transformers' own values; its top_k is 50.
-    usual = asdict(replace(GenerationConfig(), top_k=50))
-    values |= {key: value for key, value in drawn.items() if value != usual.get(key)}
+    # Absent keys have transformers' own values; its top_k is 50. It warns of what only a draw would use.
+    drawn = config.generation.used
+    is_greedy = not drawn.temperature
+    usual = GenerationConfig(top_k=0 if is_greedy else 50)
+    values["do_sample"] = not is_greedy
+    values |= {key: value for key, value in asdict(drawn).items() if value != getattr(usual, key)}
     return {key: value for key, value in values.items() if value is not None}
 
 

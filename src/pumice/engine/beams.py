@@ -1,0 +1,139 @@
+"""Beam search keeps several beginnings of an answer, and takes the one that ends with the best score.
+
+Each hypothesis is a request of its own, which runs as any other. The prefix cache gives it the keys and
+values that it shares with others. When all of a search have their logits, the best continuations become the
+next hypotheses. The rules are those of transformers' `generate` with early_stopping=False.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from torch import Tensor
+
+from pumice.engine.requests import Finish, Request
+from pumice.engine.scheduler import Scheduler
+
+
+class _Ended(NamedTuple):
+    """A hypothesis that has ended. score: the sum of its log-probabilities, divided for its length."""
+
+    score: float
+    finish: Finish
+    tokens: list[int]
+
+
+class _State(NamedTuple):
+    """Hypotheses that need their next token, their sums of log-probabilities, and what has ended; best first.
+
+    It is replaced as a whole, so that an interrupted step leaves the old one or the new one.
+    """
+
+    hypotheses: list[Request]
+    sums: list[float]
+    ended: list[_Ended]
+
+
+class BeamSearch:
+    """The search for the answer to one request.
+
+    answer: the best hypothesis, once the search is over.
+    """
+
+    def __init__(self, request: Request, stops: Collection[int]) -> None:
+        self.request, self._stops = request, stops
+        self._width = request.prompt.num_beams
+        self._state = _State([request], [0.0], [])
+        # The likeliest tokens after hypotheses that were computed, by their place, and the log-probabilities.
+        self._likeliest: dict[int, tuple[list[int], list[float]]] = {}
+        self.answer: _Ended | None = None
+
+    @property
+    def hypotheses(self) -> list[Request]:
+        return self._state.hypotheses
+
+    def add(self, hypothesis: Request, logits: Tensor) -> bool:
+        """Take the logits (V,) after a hypothesis. Return whether those of all are there."""
+        # As many tokens as may be needed if all that end an answer are among them.
+        count = min((1 + len(self._stops)) * self._width, len(logits))
+        best = logits.float().log_softmax(-1).topk(count)
+        self._likeliest[self.hypotheses.index(hypothesis)] = best.indices.tolist(), best.values.tolist()
+        return len(self._likeliest) == len(self.hypotheses)
+
+    def advance(self) -> None:
+        """Choose the next hypotheses, or the answer."""
+        parents, sums, ended = self._state
+        # 1. Sort all continuations.
+        continued = [
+            (sums[place] + logprob, place, token)
+            for place, likeliest in self._likeliest.items()
+            for token, logprob in zip(*likeliest, strict=True)
+        ]
+        continued.sort(key=lambda one: -one[0])
+        # 2. The best go on. Those that end the answer count only if they are among the first `num_beams`.
+        #    Where no cell is left, all of these end it.
+        divisor = (len(parents[0].tokens) + 1) ** self.request.prompt.params.length_penalty
+        is_last = parents[0].length == self.request.max_cells
+        kept: list[tuple[float, Request]] = []
+        new_ended = list(ended)
+        for rank, (total, place, token) in enumerate(continued):
+            tokens = parents[place].tokens
+            if token in self._stops or is_last:
+                if rank < self._width:
+                    stops = token in self._stops
+                    finish: Finish = "stop" if stops else "length"
+                    new_ended.append(_Ended(total / divisor, finish, tokens if stops else [*tokens, token]))
+            elif len(kept) < self._width:
+                kept.append((total, parents[place].continued(token)))
+        new_ended.sort(key=lambda one: -one.score)
+        del new_ended[self._width :]
+        # 3. The search is over where no hypothesis can become better than what has ended.
+        is_full = len(new_ended) == self._width
+        if not kept or (is_full and kept[0][0] / divisor <= new_ended[-1].score):
+            self.answer = new_ended[0]
+            return
+        self._state = _State([one for _, one in kept], [total for total, _ in kept], new_ended)
+        self._likeliest = {}
+
+    def recover(self) -> None:
+        """Compute all hypotheses again, after a step that was interrupted."""
+        self._likeliest, self.answer = {}, None
+
+
+class BeamSearches:
+    """The searches that have begun and not ended."""
+
+    def __init__(self, scheduler: Scheduler, stops: Collection[int]) -> None:
+        self._scheduler, self._stops = scheduler, stops
+        self._running: list[BeamSearch] = []
+
+    def add(self, hypothesis: Request, logits: Tensor) -> BeamSearch | None:
+        """Take the logits (V,) after a hypothesis, or after a prompt. Return its search if that is over."""
+        if (search := hypothesis.search) is None:
+            search = hypothesis.search = BeamSearch(hypothesis, self._stops)
+            self._running.append(search)
+        # It gives up its slot. What it has computed stays in the prefix cache, for those that continue it.
+        is_complete = search.add(hypothesis, logits)
+        self._scheduler.remove(hypothesis)
+        if is_complete:
+            search.advance()
+            if search.answer is not None:
+                return search
+            self._scheduler.waiting.extendleft(reversed(search.hypotheses))
+        return None
+
+    def end(self, search: BeamSearch) -> None:
+        """Remove a search with its hypotheses."""
+        if search in self._running:
+            for hypothesis in search.hypotheses:
+                self._scheduler.remove(hypothesis)
+            self._running.remove(search)
+
+    def recover(self) -> None:
+        """Let hypotheses that an interrupted step has lost wait again."""
+        known = {*self._scheduler.waiting, *self._scheduler.running}
+        for search in self._running:
+            search.recover()
+            lost = [one for one in search.hypotheses if one not in known]
+            self._scheduler.waiting.extendleft(reversed(lost))
