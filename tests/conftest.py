@@ -342,6 +342,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in model.decoder.parameters():
             if parameter.dim() == 2:  # weights so large that it says something else at every step
                 torch.nn.init.normal_(parameter, std=0.3)
+        # Norms that know the sizes of features: otherwise they vanish, and all pictures look alike.
+        norms = [each for each in model.tower.modules() if isinstance(each, torch.nn.BatchNorm2d)]
+        for norm in norms:
+            norm.train().momentum = None  # takes the mean of this one batch
+        with torch.no_grad():
+            model.tower(torch.randn(8, 3, 64, 64))
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save(folder, config, model.state_dict(), tokenizer=tokenizer.to_str())
     return folder
