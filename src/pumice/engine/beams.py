@@ -110,8 +110,8 @@ class BeamSearches:
 
     def add(self, hypothesis: Request, logits: Tensor) -> BeamSearch | None:
         """Take the logits (V,) after a hypothesis, or after a prompt. Return its search if that is over."""
-        if (search := hypothesis.search) is None:
-            search = hypothesis.search = BeamSearch(hypothesis, self._stops)
+        search = hypothesis.search = hypothesis.search or BeamSearch(hypothesis, self._stops)
+        if search not in self._running:  # it begins; or it did, in a step that was interrupted here
             self._running.append(search)
         # It gives up its slot. What it has computed stays in the prefix cache, for those that continue it.
         is_complete = search.add(hypothesis, logits)

@@ -269,7 +269,9 @@ class Request:
     def continued(self, token: int) -> Request:
         """Return a request that goes on with this token, for another hypothesis of its search."""
         other = copy.copy(self)
-        other._ids, other._token_hashes = self._ids.copy(), self._token_hashes.copy()
+        # Copy only what is filled, as above.
+        other._ids, other._token_hashes = np.empty_like(self._ids), np.empty_like(self._token_hashes)
+        other.ids[:], other.token_hashes[:] = self.ids, self.token_hashes
         other.tokens, other.slot, other.admitted = [*self.tokens], None, True
         other.append(token)
         return other
