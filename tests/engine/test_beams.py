@@ -211,10 +211,10 @@ def test_a_search_that_fails_or_is_cancelled_ends_once(kit: Kit, monkeypatch: py
     check(1, kit.run(engine, SEARCHES[1])[0])
 
 
-class Interrupts(list[Any]):
-    """A list that Ctrl-C interrupts before it grows."""
+class Interrupts(dict[Any, Any]):
+    """A dict that Ctrl-C interrupts before it grows."""
 
-    def append(self, _: Any) -> None:
+    def __setitem__(self, *_: Any) -> None:
         raise KeyboardInterrupt
 
 
@@ -224,7 +224,7 @@ def test_a_search_that_is_interrupted_as_it_begins_can_be_cancelled(kit: Kit) ->
     engine._searches._running = Interrupts()
     with pytest.raises(KeyboardInterrupt):
         engine.step()
-    engine._searches._running = []
+    engine._searches._running = {}
     for _ in range(3):
         engine.step()
     assert received.request is not None and not received.deltas

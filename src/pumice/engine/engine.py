@@ -431,8 +431,8 @@ class Engine:
         request = request.submitted
         if request.finish is not None:  # with another hypothesis of its search
             return
-        if request.search is not None:
-            self._searches.end(request.search)
+        if request.origin is not None:
+            self._searches.end(request)
             self._generated_tokens += len(tokens)
             request.tokens += tokens
         self._scheduler.remove(request)
