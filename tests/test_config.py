@@ -329,7 +329,7 @@ def test_fields_that_came_later_are_written_only_where_they_say_something() -> N
         ({"num_beams": 0}, "num_beams is 0; give 1 (off) to 64"),
         (
             {"num_beams": 3, "temperature": 0.2},
-            "num_beams is 3, which goes with temperature 0 and no penalty only",
+            "num_beams is 3, which goes with temperature 0 and repetition_penalty 1 only",
         ),
     ],
 )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pumice.boxes import FoundBox, box_map, draw
 from pumice.config import ModelConfig
+from pumice.config_json import as_stored
 from pumice.conversation import Conversation, ImagePart, Message, question_message
 from pumice.engine.engine import Engine
 from pumice.engine.reply import Reply, is_done, outcome
@@ -155,7 +156,8 @@ class Assistant:
     @property
     def generation(self) -> dict[str, Any]:
         """How this model's answers are sampled by default, as fields of `SamplingParams`."""
-        return dataclasses.asdict(self.model.config.generation)
+        # Without beams where there are none: a stopped batch of an earlier version goes on.
+        return as_stored(self.model.config.generation)
 
     def ask(self, images: Any, question: str, **sampling: Any) -> str:
         """Return the answer to a question about pictures.

@@ -288,7 +288,7 @@ class GenerationConfig:
                 raise InputError(f"{name} is {shorten(value)}; give {words}")
         if self.num_beams > 1 and (self.temperature or self.repetition_penalty != 1):
             raise InputError(
-                f"num_beams is {self.num_beams}, which goes with temperature 0 and no penalty only"
+                f"num_beams is {self.num_beams}, which goes with temperature 0 and repetition_penalty 1 only"
             )
 
     @property

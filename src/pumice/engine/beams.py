@@ -106,13 +106,13 @@ class BeamSearches:
 
     def __init__(self, scheduler: Scheduler, stops: Collection[int]) -> None:
         self._scheduler, self._stops = scheduler, stops
-        self._running: list[BeamSearch] = []
+        self._running: dict[Request, BeamSearch] = {}  # by the request that was submitted
 
     def add(self, hypothesis: Request, logits: Tensor) -> BeamSearch | None:
         """Take the logits (V,) after a hypothesis, or after a prompt. Return its search if that is over."""
-        if (search := hypothesis.search) is None:
-            search = hypothesis.search = BeamSearch(hypothesis, self._stops)
-            self._running.append(search)
+        origin = hypothesis.origin = hypothesis.submitted
+        if (search := self._running.get(origin)) is None:
+            search = self._running[origin] = BeamSearch(origin, self._stops)
         # It gives up its slot. What it has computed stays in the prefix cache, for those that continue it.
         is_complete = search.add(hypothesis, logits)
         self._scheduler.remove(hypothesis)
@@ -123,17 +123,17 @@ class BeamSearches:
             self._scheduler.waiting.extendleft(reversed(search.hypotheses))
         return None
 
-    def end(self, search: BeamSearch) -> None:
-        """Remove a search with its hypotheses."""
-        if search in self._running:
+    def end(self, origin: Request) -> None:
+        """Remove the search for the answer to a request, with its hypotheses."""
+        if (search := self._running.get(origin)) is not None:
             for hypothesis in search.hypotheses:
                 self._scheduler.remove(hypothesis)
-            self._running.remove(search)
+            del self._running[origin]
 
     def recover(self) -> None:
         """Let hypotheses that an interrupted step has lost wait again."""
         known = {*self._scheduler.waiting, *self._scheduler.running}
-        for search in self._running:
+        for search in self._running.values():
             search.recover()
             lost = [one for one in search.hypotheses if one not in known]
             self._scheduler.waiting.extendleft(reversed(lost))

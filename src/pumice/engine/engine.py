@@ -284,7 +284,8 @@ class Engine:
                 self._finish(request, "error", error)
             else:
                 encoded.append((request, count))
-        return encoded
+        # A hypothesis whose image failed has ended the others of its search.
+        return [(request, count) for request, count in encoded if request.slot is not None]
 
     def _forward(self, plan: Plan) -> Tensor | None:
         """Return logits (R, V) for the requests whose next token is due, or None if there are none."""
@@ -430,8 +431,8 @@ class Engine:
         request = request.submitted
         if request.finish is not None:  # with another hypothesis of its search
             return
-        if request.search is not None:
-            self._searches.end(request.search)
+        if request.origin is not None:
+            self._searches.end(request)
             self._generated_tokens += len(tokens)
             request.tokens += tokens
         self._scheduler.remove(request)

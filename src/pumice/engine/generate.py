@@ -23,7 +23,10 @@ def _append(events: deque[tuple[int, Delta]], number: int, delta: Delta) -> None
 
 @torch.inference_mode()
 def naive_generate(model: Llava, prompt: Prompt) -> list[int]:
-    """Generate one answer without a cache: run the whole sequence again for every token."""
+    """Generate one answer without a cache: run the whole sequence again for every token.
+
+    There is no beam search here: `num_beams` has no effect.
+    """
     params, context = prompt.params, model.config.decoder.context
     generator, image_tokens = params.generator(), prompt.encode_images()
     constraint = prompt.constraint() if prompt.constraint is not None else None

@@ -50,7 +50,7 @@ class Reply(Iterator[str]):
         """How many tokens of the prompt are computed, and how many it has."""
         total = len(self._prompt.input_ids)
         # Once a beam search has begun, its hypotheses run in place of the request.
-        computed = (request.computed if request.search is None else total for request in self._requests)
+        computed = (request.computed if request.origin is None else total for request in self._requests)
         return min(total, sum(computed)), total
 
     def begin(self) -> Reply:

@@ -10,7 +10,7 @@ import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,9 +21,6 @@ from pumice.engine.cache import CacheSlot
 from pumice.engine.sampling import Constraint, SamplingParams, TokenLogprob, token_logprobs
 from pumice.errors import ContextOverflow, InputError, counted
 from pumice.model.llava import Llava
-
-if TYPE_CHECKING:
-    from pumice.engine.beams import BeamSearch
 
 Finish = Literal["stop", "length", "cancelled", "error"]
 
@@ -175,7 +172,7 @@ class Request:
     cached_tokens: int = 0
     admitted: bool = False  # stays True when the request is preempted
     slot: CacheSlot | None = None  # while the request runs
-    search: BeamSearch | None = None  # that this request began, or is a hypothesis of
+    origin: Request | None = None  # the request that was submitted, once its beam search has begun
     # Image tokens of the next step, and the offsets of their placeholders in it.
     step_images: tuple[np.ndarray, Tensor] | None = None
     # By image key, until the prompt is computed.
@@ -199,7 +196,7 @@ class Request:
     @property
     def submitted(self) -> Request:
         """The request whose hypothesis this is; otherwise itself."""
-        return self if self.search is None else self.search.request
+        return self if self.origin is None else self.origin
 
     @property
     def ids(self) -> np.ndarray:
@@ -269,7 +266,9 @@ class Request:
     def continued(self, token: int) -> Request:
         """Return a request that goes on with this token, for another hypothesis of its search."""
         other = copy.copy(self)
-        other._ids, other._token_hashes = self._ids.copy(), self._token_hashes.copy()
+        # Copy only what is filled, as above.
+        other._ids, other._token_hashes = np.empty_like(self._ids), np.empty_like(self._token_hashes)
+        other.ids[:], other.token_hashes[:] = self.ids, self.token_hashes
         other.tokens, other.slot, other.admitted = [*self.tokens], None, True
         other.append(token)
         return other

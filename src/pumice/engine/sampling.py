@@ -94,7 +94,7 @@ class SamplingParams:
         """
         options = {**defaults, **given}
         if "num_beams" not in given and any(options.get(n, off) != off for n, off in _WITHOUT_BEAMS.items()):
-            options["num_beams"] = 1
+            options.pop("num_beams", None)
         return options
 
     @classmethod

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What the engine does now, and what it has done since it was created."""
+    """What the engine does now, and what it has done since it was created.
+
+    Each hypothesis of a beam search runs or waits as a request.
+    """
 
     running: int
     waiting: int

@@ -37,7 +37,7 @@ class Answerer(Protocol):
 
 
 class LocalAnswerer:
-    """Answers with a model in this process, greedily."""
+    """Answers with a model in this process, as its folder says; greedily if it says nothing."""
 
     def __init__(self, assistant: Assistant, name: str, slots: int = 16) -> None:
         self.assistant, self.name, self.slots = assistant, name, slots
