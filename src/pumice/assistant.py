@@ -276,7 +276,7 @@ class Assistant:
         if schema is None:
             return prompt
         if sampling.get("num_beams", 1) > 1:
-            raise InputError(f"num_beams is {sampling['num_beams']}, which does not go with a schema")
+            raise InputError(f"num_beams is {sampling['num_beams']}, which does not go with a schema; give 1")
         return dataclasses.replace(prompt, constraint=self.json(schema))
 
     def json(self, schema: Mapping[str, Any] | None) -> JsonSchema:

@@ -268,7 +268,8 @@ def test_hypotheses_share_what_is_computed(kit: Kit) -> None:
 )
 def test_what_goes_with_beams(other: dict[str, Any]) -> None:
     (name,) = other
-    with pytest.raises(InputError, match=f"num_beams is 3, which does not go with {name}"):
+    message = f"num_beams is 3, which does not go with {name}; give num_beams 1, or (no )?{name}"
+    with pytest.raises(InputError, match=message):
         SamplingParams(num_beams=3, **other)
     # The model's own beams give way, those of the user do not.
     own = {"num_beams": 3, "temperature": 0.0}

@@ -79,12 +79,13 @@ class SamplingParams:
                 raise InputError(f"{name} is {value}; give {words}")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise InputError(f"stop is {list(self.stop)!r}; give texts that are not empty")
-        if self.num_beams > 1 and (others := self._beside_beams()):
-            raise InputError(f"num_beams is {self.num_beams}, which does not go with {', '.join(others)}")
-
-    def _beside_beams(self) -> list[str]:
-        """Return the options that are set and that beam search does not have."""
-        return [name for name, off in _WITHOUT_BEAMS.items() if getattr(self, name) != off]
+        others = {name: off for name, off in _WITHOUT_BEAMS.items() if getattr(self, name) != off}
+        if self.num_beams > 1 and others:
+            offs = (f"no {name}" if off is None else f"{name} {off}" for name, off in others.items())
+            raise InputError(
+                f"num_beams is {self.num_beams}, which does not go with {' and '.join(others)}; "
+                f"give num_beams 1, or {' and '.join(offs)}"
+            )
 
     @staticmethod
     def options(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
