@@ -186,9 +186,8 @@ def test_an_interruption_at_any_line_loses_no_search(kit: Kit) -> None:
         run(1, line)
 
 
-def test_a_search_that_fails_or_is_cancelled_ends_once(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(MODEL)
-    received = kit.submit(engine, SEARCHES[1])
+def check_cancelling(engine: Engine, received: Received) -> None:
+    """A search that has begun ends once, and nothing of it is left."""
     for _ in range(3):
         engine.step()
     assert received.request is not None and not received.deltas
@@ -196,6 +195,11 @@ def test_a_search_that_fails_or_is_cancelled_ends_once(kit: Kit, monkeypatch: py
     engine.step()
     assert [delta.finish for delta in received.deltas] == ["cancelled"]
     assert not engine._requests()
+
+
+def test_a_search_that_fails_or_is_cancelled_ends_once(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(MODEL)
+    check_cancelling(engine, kit.submit(engine, SEARCHES[1]))
 
     received = kit.submit(engine, SEARCHES[1])
     engine.step()
@@ -225,13 +229,7 @@ def test_a_search_that_is_interrupted_as_it_begins_can_be_cancelled(kit: Kit) ->
     with pytest.raises(KeyboardInterrupt):
         engine.step()
     engine._searches._running = {}
-    for _ in range(3):
-        engine.step()
-    assert received.request is not None and not received.deltas
-    engine.cancel(received.request)
-    engine.step()
-    assert [delta.finish for delta in received.deltas] == ["cancelled"]
-    assert not engine._requests()
+    check_cancelling(engine, received)
 
 
 def test_an_image_that_fails_ends_its_own_search_only(kit: Kit) -> None:

@@ -220,13 +220,4 @@ class Sampling:
 
     def given(self) -> dict[str, Any]:
         """Return the fields that do not come from the model's folder."""
-        by_model = (
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "repetition_penalty",
-            "num_beams",
-            "length_penalty",
-        )
-        return {k: v for k, v in vars(self).items() if v is not None or k not in by_model}
+        return {name: value for name, value in vars(self).items() if value is not None or name == "seed"}

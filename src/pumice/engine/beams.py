@@ -16,7 +16,7 @@ from pumice.engine.requests import Finish, Request
 from pumice.engine.scheduler import Scheduler
 
 
-class _Ended(NamedTuple):
+class Ended(NamedTuple):
     """A hypothesis that has ended. score: the sum of its log-probabilities, divided for its length."""
 
     score: float
@@ -32,14 +32,11 @@ class _State(NamedTuple):
 
     hypotheses: list[Request]
     sums: list[float]
-    ended: list[_Ended]
+    ended: list[Ended]
 
 
 class BeamSearch:
-    """The search for the answer to one request.
-
-    answer: the best hypothesis, once the search is over.
-    """
+    """The search for the answer to one request."""
 
     def __init__(self, request: Request, stops: Collection[int]) -> None:
         self.request, self._stops = request, stops
@@ -47,7 +44,6 @@ class BeamSearch:
         self._state = _State([request], [0.0], [])
         # The likeliest tokens after hypotheses that were computed, by their place, and the log-probabilities.
         self._likeliest: dict[int, tuple[list[int], list[float]]] = {}
-        self.answer: _Ended | None = None
 
     @property
     def hypotheses(self) -> list[Request]:
@@ -61,8 +57,8 @@ class BeamSearch:
         self._likeliest[self.hypotheses.index(hypothesis)] = best.indices.tolist(), best.values.tolist()
         return len(self._likeliest) == len(self.hypotheses)
 
-    def advance(self) -> None:
-        """Choose the next hypotheses, or the answer."""
+    def advance(self) -> Ended | None:
+        """Choose the next hypotheses, or return the answer."""
         parents, sums, ended = self._state
         # 1. Sort all continuations.
         continued = [
@@ -75,7 +71,7 @@ class BeamSearch:
         #    Where no cell is left, all of these end it.
         divisor = (len(parents[0].tokens) + 1) ** self.request.prompt.params.length_penalty
         is_last = parents[0].length == self.request.max_cells
-        kept: list[tuple[float, Request]] = []
+        kept: list[tuple[float, int, int]] = []
         new_ended = list(ended)
         for rank, (total, place, token) in enumerate(continued):
             tokens = parents[place].tokens
@@ -83,22 +79,23 @@ class BeamSearch:
                 if rank < self._width:
                     stops = token in self._stops
                     finish: Finish = "stop" if stops else "length"
-                    new_ended.append(_Ended(total / divisor, finish, tokens if stops else [*tokens, token]))
+                    new_ended.append(Ended(total / divisor, finish, tokens if stops else [*tokens, token]))
             elif len(kept) < self._width:
-                kept.append((total, parents[place].continued(token)))
+                kept.append((total, place, token))
         new_ended.sort(key=lambda one: -one.score)
         del new_ended[self._width :]
         # 3. The search is over where no hypothesis can become better than what has ended.
         is_full = len(new_ended) == self._width
         if not kept or (is_full and kept[0][0] / divisor <= new_ended[-1].score):
-            self.answer = new_ended[0]
-            return
-        self._state = _State([one for _, one in kept], [total for total, _ in kept], new_ended)
+            return new_ended[0]
+        hypotheses = [parents[place].continued(token) for _, place, token in kept]
+        self._state = _State(hypotheses, [total for total, _, _ in kept], new_ended)
         self._likeliest = {}
+        return None
 
     def recover(self) -> None:
         """Compute all hypotheses again, after a step that was interrupted."""
-        self._likeliest, self.answer = {}, None
+        self._likeliest = {}
 
 
 class BeamSearches:
@@ -108,20 +105,18 @@ class BeamSearches:
         self._scheduler, self._stops = scheduler, stops
         self._running: dict[Request, BeamSearch] = {}  # by the request that was submitted
 
-    def add(self, hypothesis: Request, logits: Tensor) -> BeamSearch | None:
-        """Take the logits (V,) after a hypothesis, or after a prompt. Return its search if that is over."""
+    def add(self, hypothesis: Request, logits: Tensor) -> Ended | None:
+        """Take the logits (V,) after a hypothesis, or after a prompt. Return the answer if it is found."""
         origin = hypothesis.origin = hypothesis.submitted
         if (search := self._running.get(origin)) is None:
             search = self._running[origin] = BeamSearch(origin, self._stops)
         # It gives up its slot. What it has computed stays in the prefix cache, for those that continue it.
         is_complete = search.add(hypothesis, logits)
         self._scheduler.remove(hypothesis)
-        if is_complete:
-            search.advance()
-            if search.answer is not None:
-                return search
+        answer = search.advance() if is_complete else None
+        if is_complete and answer is None:
             self._scheduler.waiting.extendleft(reversed(search.hypotheses))
-        return None
+        return answer
 
     def end(self, origin: Request) -> None:
         """Remove the search for the answer to a request, with its hypotheses."""

@@ -399,8 +399,8 @@ class Engine:
                 self._finish(request, "error", token)
                 continue
             if request.prompt.num_beams > 1:
-                if (search := self._searches.add(request, logits[row])) and search.answer:
-                    self._finish(search.request, search.answer.finish, tokens=tuple(search.answer.tokens))
+                if (answer := self._searches.add(request, logits[row])) is not None:
+                    self._finish(request, answer.finish, tokens=tuple(answer.tokens))
                 continue
             if token in self._stops:
                 self._finish(request, "stop")
