@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, ModelConfig, VisionConfig
 from pumice.formats.pumice import folder
 from pumice.model.llava import Llava
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `outcomes`, which test files import
 
 COLOURS = {"red": (200, 20, 20), "green": (20, 160, 40), "blue": (20, 40, 200), "yellow": (230, 220, 30)}
 OBJECTS = {"left": (0, 0, 32, 64), "right": (32, 0, 64, 64)}

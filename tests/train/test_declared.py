@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from outcomes import losses, weights
 from torch import Tensor
 
 from pumice.config import (
@@ -35,7 +35,6 @@ from pumice.train.loop import PreparedStep, Trainer
 from pumice.train.loss import supervised_loss
 from pumice.train.objective import PackTensors
 from pumice.train.recipe import load_recipe
-from pumice.train.report import read_metrics
 from pumice.train.setup import prepare
 from pumice.train.shapes import processor_of, shape
 from pumice.train.sizes import sizes
@@ -43,14 +42,6 @@ from pumice.train.speed import flops_per_tile, flops_per_token
 
 MakeRecipe = Callable[..., Path]
 CONNECTOR = {"learn": {"connector": 3e-3}}
-
-
-def weights(model: Path) -> dict[str, Tensor]:
-    return load_file(model / "model.safetensors")
-
-
-def losses(output: Path) -> list[float]:
-    return [event["loss"] for event in read_metrics(output / "metrics.jsonl") if "loss" in event]
 
 
 def test_an_existing_model_gets_a_new_connector(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from outcomes import losses
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -18,14 +19,9 @@ from pumice.conversation import Video
 from pumice.formats.pumice import folder as model_folder
 from pumice.media import VideoPolicy
 from pumice.train import run
-from pumice.train.report import read_metrics
 from pumice.video import PICTURE_FRAMES, read_frames
 
 COLOURS = [(200, 20, 20), (20, 160, 40), (20, 40, 200), (230, 220, 30)]
-
-
-def losses(folder: Path) -> list[float]:
-    return [event["loss"] for event in read_metrics(folder / "metrics.jsonl") if "loss" in event]
 
 
 def write_rows(folder: Path, kind: str) -> None:
