@@ -205,9 +205,21 @@ def test_an_example_and_a_wrong_file(page: Page, server: str, tmp_path: Path) ->
     (tmp_path / "notes.txt").write_text("no picture")
     page.locator("#files").set_input_files(tmp_path / "notes.txt")
     page.get_by_text("notes.txt is not a picture").wait_for()
-    page.get_by_role("button", name="Where are the horses?").click()
+    page.get_by_role("button", name="What animals are these?").click()
     answered(page, 1)
     assert page.locator(".user img").get_attribute("alt") == "Horses in a meadow.jpg"
+
+
+@pytest.mark.parametrize(("name", "shown"), [("pumice-tiny", True), ("another", False)])
+def test_the_limits_of_pumice_tiny_are_told_of_it_alone(
+    page: Page, server: str, name: str, shown: bool
+) -> None:
+    card = {"object": "list", "data": [{"id": name, "object": "model", "max_pictures": None}]}
+    page.route("**/v1/models", lambda route: route.fulfill(json=card))
+    page.goto(server)
+    page.get_by_text(name, exact=True).wait_for()
+    for text in ("It takes them for cows.", "It knows everyday scenes"):
+        assert page.get_by_text(text).is_visible() is shown
 
 
 def test_what_the_server_refuses_is_told(page: Page, local: Callable[..., Any], tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ import { render } from "/page/markdown.js";
 import { readPicture } from "/page/pictures.js";
 import { loadChoice, loadConversation, saveChoice, saveConversation } from "/page/store.js";
 
+// A picture, what it shows, a question, and what pumice-tiny says wrongly.
 const EXAMPLES = [
   ["dog", "A dog in dry grass", "Where is the dog?"],
   ["kitten", "A kitten with a ball of wool", "What animal is this?"],
-  ["horses", "Horses in a meadow", "Where are the horses?"],
   ["musicians", "Musicians in a street", "What are these people doing?"],
+  ["horses", "Horses in a meadow", "What animals are these?", "It takes them for cows."],
 ];
+const TINY = "pumice-tiny";
 const LONGEST_WAIT = 10; // seconds between two tries to reach the server
 const FIELDS = ["temperature", "top_p", "max_tokens", "seed", "system", "key"];
 
@@ -500,10 +502,18 @@ function addListeners() {
     show();
     field.addEventListener("input", () => { show(); saveChoice(id, field.value); });
   }
-  $("examples").append(...EXAMPLES.map(([name, title, text]) => element("li", {},
+  $("examples").append(...EXAMPLES.map(([name, title, text, mistake]) => element("li", {},
     element("button", { type: "button", onclick: () => tryExample(name, title, text) },
       element("img", { src: `/page/examples/${name}.jpg`, alt: title, width: 400, height: 300 }),
-      element("span", {}, text)))));
+      element("span", {}, text),
+      ...(mistake ? [element("small", { class: "mistake", hidden: true }, mistake)] : [])))));
+}
+
+// Say what the model that comes with Pumice knows, and which example it gets wrong.
+function tellLimits() {
+  const isTiny = state.model === TINY;
+  for (const mistake of document.querySelectorAll(".mistake")) mistake.hidden = !isTiny;
+  $("knows").hidden = !isTiny;
 }
 
 async function connect() {
@@ -513,6 +523,7 @@ async function connect() {
       state.model = card.id;
       state.maxPictures = card.max_pictures;
       $("model").textContent = state.model;
+      tellLimits();
       showChosen();
       if (!busy()) showAway(null);
       return;
