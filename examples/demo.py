@@ -12,10 +12,9 @@ HERE = Path(__file__).parent
 QUESTIONS = (
     ("dog.jpg", "Where is the dog?", ""),
     ("dog.jpg", "Is there a cat in the picture?", ""),
-    ("horses.jpg", "Where are the horses?", ""),
     ("horses.jpg", "What colour is the sky?", ""),
     ("kitten.jpg", "What animal is this?", ""),
-    ("musicians.jpg", "What are the people doing?", ""),
+    ("musicians.jpg", "What is happening here?", ""),
     ("pavilion.jpg", "Is this inside or outside?", ""),
     ("spaniels.jpg", "How many dogs are there?", "two; it counts badly"),
 )  # photograph, question, what is right where the answer is wrong

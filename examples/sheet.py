@@ -19,10 +19,10 @@ HERE = Path(__file__).parent
 TARGET = HERE.parent / "docs" / "assets" / "answers.jpg"
 QUESTIONS = (
     ("dog.jpg", "Where is the dog?", ""),
-    ("horses.jpg", "Where are the horses?", ""),
+    ("horses.jpg", "What colour is the sky?", ""),
     ("kitten.jpg", "What animal is this?", ""),
     ("spaniels.jpg", "How many dogs are there?", "Wrong: two."),
-    ("musicians.jpg", "What are the people doing?", ""),
+    ("musicians.jpg", "What is happening here?", ""),
     ("pavilion.jpg", "Is this inside or outside?", ""),
 )  # photograph, question, what is wrong with the answer
 WIDTH, HEIGHT, TEXT, GAP = 380, 250, 96, 16  # of a photograph, of the words below it, between them
