@@ -270,7 +270,48 @@ def test_what_goes_with_beams(other: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=message):
         SamplingParams(num_beams=3, **other)
     # The model's own beams give way, those of the user do not.
-    own = {"num_beams": 3, "temperature": 0.0}
+    own = {"num_beams": 3, "length_penalty": 0.5, "temperature": 0.0}
     assert "num_beams" not in SamplingParams.options(own, other)
     assert SamplingParams.options(own, {"max_new_tokens": 2})["num_beams"] == 3
-    assert SamplingParams.options(own, {"num_beams": 2, **other})["num_beams"] == 2
+    with pytest.raises(InputError, match=message):
+        SamplingParams.options(own, {"num_beams": 3, **other})
+    # What the model's folder says beside no beams gives way, too.
+    assert SamplingParams.of(SamplingParams.options(other, {"num_beams": 3})) == SamplingParams(num_beams=3)
+
+
+DRAWN = {"temperature": 0.7, "top_p": 0.9}
+SEARCHED = {"num_beams": 3, "length_penalty": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "message"),
+    [
+        ({}, {"top_p": 0.9, "seed": 0}, "top_p and seed do nothing where .*; give a temperature, or leave top_p "),
+        (SEARCHED, {"top_k": 5}, "top_k does nothing where .*; give a temperature, or leave top_k out"),
+        (DRAWN, {"temperature": 0, "min_p": 0.1}, "min_p does nothing"),
+        (DRAWN, {"num_beams": 3, "seed": 1}, "seed does nothing where no word is drawn; leave seed out"),
+        ({}, {"length_penalty": 0.5}, "length_penalty is 0.5, which does nothing without beams; give num_"),
+        (SEARCHED, {"num_beams": 1, "length_penalty": 2.0}, "length_penalty is 2.0, which does nothing"),
+        (SEARCHED, {"temperature": 1.0, "length_penalty": 2.0}, "length_penalty is 2.0, which does nothing"),
+        ({}, {"num_beams": "3"}, "num_beams is '3'; give a whole number"),
+        ({}, {"length_penalty": float("nan")}, "length_penalty is nan; give a number"),
+    ],
+)  # fmt: skip
+def test_given_options_that_would_do_nothing(own: Any, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}"):
+        SamplingParams.options(own, given)
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "expected"),
+    [
+        (SEARCHED, {}, SEARCHED),
+        (SEARCHED, {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": None}, SEARCHED),
+        (SEARCHED, {"length_penalty": 2.0}, SEARCHED | {"length_penalty": 2.0}),
+        ({}, {"length_penalty": 1.0}, {}),
+        (DRAWN, {"top_k": 5, "seed": 2}, DRAWN | {"top_k": 5, "seed": 2}),
+    ],
+)
+def test_other_options_are_as_before(own: Any, given: dict[str, Any], expected: dict[str, Any]) -> None:
+    """A value that asks for nothing does no harm, and each default may be replaced alone."""
+    assert SamplingParams.of(SamplingParams.options(own, given)) == SamplingParams(**expected)

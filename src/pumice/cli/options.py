@@ -170,12 +170,16 @@ class Opening:
         share_cores(waits_for_people=waits_for_people)
         from pumice.assistant import CHUNK_SHOWN
         from pumice.engine.sampling import SamplingParams
-        from pumice.formats.read import check_sees
+        from pumice.formats.read import check_sees, stored_generation
 
-        SamplingParams(**sampling)
+        SamplingParams.of(sampling)
+        if (generation := stored_generation(model)) is not None:
+            SamplingParams.options(generation, sampling)
         if pictures:
             check_sees(model, self.mmproj)
-        return self.load(model, **({"chunk": CHUNK_SHOWN} if shown else {}))
+        assistant = self.load(model, **({"chunk": CHUNK_SHOWN} if shown else {}))
+        SamplingParams.options(assistant.generation, sampling)  # where it was not known before
+        return assistant
 
 
 MODELS = "as the model says"

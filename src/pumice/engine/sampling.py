@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pumice.config import SAMPLING_RANGES
+from pumice.config import SAMPLING_RANGES, WITHOUT_BEAMS, check_beams
 from pumice.errors import InputError, instead_of
 from pumice.model.transfer import numbers_on, to_device
 
@@ -32,11 +32,8 @@ _RANGES = SAMPLING_RANGES | {
     "prompt_logprobs": (0, math.inf, "0 or more"),
 }
 _OPTIONAL = ("seed", "logprobs", "prompt_logprobs")  # may be None
-# What beam search does without.
-_WITHOUT_BEAMS = {
-    "temperature": 0, "repetition_penalty": 1, "frequency_penalty": 0, "presence_penalty": 0,
-    "logprobs": None, "prompt_logprobs": None,
-}  # fmt: skip
+# What says how words are drawn, and so does nothing at temperature 0; and the values that ask for nothing.
+DRAWING: dict[str, Any] = {"top_p": 1, "top_k": 0, "min_p": 0, "seed": None}
 _WHOLE = ("max_new_tokens", "top_k", "num_beams", *_OPTIONAL)
 
 
@@ -79,23 +76,33 @@ class SamplingParams:
                 raise InputError(f"{name} is {value}; give {words}")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise InputError(f"stop is {list(self.stop)!r}; give texts that are not empty")
-        others = {name: off for name, off in _WITHOUT_BEAMS.items() if getattr(self, name) != off}
-        if self.num_beams > 1 and others:
-            offs = (f"no {name}" if off is None else f"{name} {off}" for name, off in others.items())
-            raise InputError(
-                f"num_beams is {self.num_beams}, which does not go with {' and '.join(others)}; "
-                f"give num_beams 1, or {' and '.join(offs)}"
-            )
+        check_beams(self)
 
-    @staticmethod
-    def options(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the given options, and the defaults of others.
+    @classmethod
+    def options(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the given options, and the defaults of others: all arguments of this class.
 
-        Default beams are left out beside what they do not go with.
+        A default that does not go with a given option is left out. Raises InputError if a given option is
+        wrong or would do nothing.
         """
-        options = {**defaults, **given}
-        if "num_beams" not in given and any(options.get(n, off) != off for n, off in _WITHOUT_BEAMS.items()):
-            options.pop("num_beams", None)
+        cls.of(given)
+        # 1. Beams that are given go before defaults that draw or penalise, and these before default beams.
+        dropped: set[str] = set()
+        if given.get("num_beams", 1) != 1:
+            dropped = {*WITHOUT_BEAMS}
+        elif _asked(given, WITHOUT_BEAMS):
+            dropped = {"num_beams"}
+        options = {**{name: value for name, value in defaults.items() if name not in dropped}, **given}
+        # 2. Without beams, no length counts; without a temperature, nothing is drawn.
+        if options.get("num_beams", 1) == 1 and _asked(given, {"length_penalty": 1}):
+            raise InputError(
+                f"length_penalty is {given['length_penalty']}, which does nothing without beams; give "
+                "num_beams 2 or more, or leave length_penalty out"
+            )
+        if not options.get("temperature") and (idle := _asked(given, DRAWING)):
+            names, do = " and ".join(idle), "does" if len(idle) == 1 else "do"
+            remedy = "leave" if given.get("num_beams", 1) != 1 else "give a temperature, or leave"
+            raise InputError(f"{names} {do} nothing where no word is drawn; {remedy} {names} out")
         return options
 
     @classmethod
@@ -115,6 +122,11 @@ class SamplingParams:
         else:
             generator.manual_seed(self.seed)
         return generator
+
+
+def _asked(given: Mapping[str, Any], offs: Mapping[str, Any]) -> list[str]:
+    """Return the options that are given and ask for something. offs: the values that do not."""
+    return [name for name, off in offs.items() if given.get(name, off) != off]
 
 
 class Constraint(Protocol):
