@@ -332,7 +332,9 @@ class Assistant:
             for image, layout in zip(sample.images, sample.layouts, strict=True)
         )
         prefix = "" if continued else self.processor.answer_prefix
-        prompt = Prompt(torch.from_numpy(sample.input_ids), None, params, images, prefix=prefix)
+        decode = self.processor.tokenizer.decode
+        ids = torch.from_numpy(sample.input_ids)
+        prompt = Prompt(ids, None, params, images, prefix=prefix, decode=decode)
         check_room(self.model, prompt)
         self._warn_of_many_images(sum(not image.frame for image in sample.images))
         return prompt

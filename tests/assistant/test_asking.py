@@ -192,6 +192,17 @@ def test_beams(exact: Assistant, pictures: list[Path]) -> None:
         )
 
 
+def test_a_search_ends_with_a_stop_text(exact: Assistant, pictures: list[Path]) -> None:
+    """It does not run on until a stop token, or until the longest answer."""
+    beams: dict[str, Any] = {"max_new_tokens": 60, "num_beams": 3, "length_penalty": 0.0}
+    question = Conversation((user_message("What?", [pictures[0]]),))
+    assert (reply := exact.stream(question, **beams)) and "".join(reply) and reply.tokens == 60
+    before = exact.engine.stats().steps
+    reply = exact.stream(question, **beams, stop=tuple("aeiou "))
+    assert not set("".join(reply)) & set("aeiou ") and reply.finish == "stop"
+    assert exact.engine.stats().steps - before < 30
+
+
 def test_a_model_s_own_beams_give_way(exact: Assistant, pictures: list[Path]) -> None:
     generation = GenerationConfig(num_beams=3)
     with_beams = dataclasses.replace(exact.model.config, generation=generation)

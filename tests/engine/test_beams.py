@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import sys
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -37,16 +38,36 @@ PARTS: list[tuple[Any, ...]] = [
     (1, IMAGES[0], 7, IMAGES[1], 9),
     (9,),
 ]
+
+
+def letters(tokens: Sequence[int]) -> str:
+    """The text of tokens: one letter each."""
+    return "".join(chr(ord("a") + token % 26) for token in tokens)
+
+
 SEARCHES = [
-    KIT.prompt(*parts, max_new_tokens=longest, num_beams=width, length_penalty=penalty)
+    dataclasses.replace(
+        KIT.prompt(*parts, max_new_tokens=longest, num_beams=width, length_penalty=penalty, stop=stop),
+        decode=letters,
+    )
     for parts in PARTS
-    for width, penalty, longest in ((2, 1.0, 9), (3, 0.5, 14), (4, 2.0, 7), (3, 0.0, 1))
+    for width, penalty, longest, stop in (
+        (2, 1.0, 9, ()),
+        (3, 0.5, 14, ()),
+        (4, 2.0, 7, ()),
+        (3, 0.0, 1, ()),
+        (3, 1.0, 12, ("a", "eb", "q")),
+    )
 ]
 
 
 def plain_search(prompt: Prompt) -> tuple[list[int], str]:
     """Return the tokens and how they ended, from a pass over everything for each hypothesis."""
     params, width = prompt.params, prompt.params.num_beams
+
+    def holds_stop(tokens: list[int]) -> bool:
+        return any(stop in letters(tokens) for stop in params.stop)
+
     images = prompt.encode_images()
     live: list[tuple[float, list[int]]] = [(0.0, [])]
     ended: list[tuple[float, list[int], str]] = []
@@ -61,11 +82,17 @@ def plain_search(prompt: Prompt) -> tuple[list[int], str]:
             score = total / length**params.length_penalty
             if token in MODEL.config.stop_token_ids:
                 ended.append((score, tokens, "stop"))
+            elif holds_stop([*tokens, token]):
+                ended.append((score, [*tokens, token], "stop"))
             elif length == params.max_new_tokens:
                 ended.append((score, [*tokens, token], "length"))
         ended = sorted(ended, key=lambda one: -one[0])[:width]
-        going_on = [one for one in continued if one[2] not in MODEL.config.stop_token_ids]
-        live = [(total, [*tokens, token]) for total, tokens, token in going_on[:width]]
+        going_on = (
+            (total, [*tokens, token])
+            for total, tokens, token in continued
+            if token not in MODEL.config.stop_token_ids and not holds_stop([*tokens, token])
+        )
+        live = [*itertools.islice(going_on, width)]
         if len(ended) == width and live[0][0] / length**params.length_penalty <= ended[-1][0]:
             break
     return ended[0][1], ended[0][2]
@@ -92,6 +119,8 @@ def test_the_answers_differ_from_greedy_ones_and_end_in_both_ways() -> None:
     one = [dataclasses.replace(p, params=dataclasses.replace(p.params, num_beams=1)) for p in SEARCHES]
     greedy = [naive_generate(MODEL, prompt) for prompt in one]
     assert sum(tokens != other for (tokens, _), other in zip(answers, greedy, strict=True)) > 8
+    stopped = [tokens for (tokens, _), one in zip(answers, SEARCHES, strict=True) if one.holds_stop(tokens)]
+    assert len({len(tokens) for tokens in stopped}) > 1
 
 
 ACTIONS = st.one_of(
@@ -254,11 +283,11 @@ def test_an_image_that_fails_ends_its_own_search_only(kit: Kit) -> None:
 
 def test_hypotheses_share_what_is_computed(kit: Kit) -> None:
     engine = Engine(MODEL)
-    kit.run(engine, SEARCHES[9])
+    kit.run(engine, SEARCHES[11])
     assert kit.encoded == []  # KIT's own pictures count there
-    assert engine.stats().prompt_tokens == len(SEARCHES[9].input_ids)
+    assert engine.stats().prompt_tokens == len(SEARCHES[11].input_ids)
     assert engine.stats().prefix_hits == 0
-    assert kit.run(engine, SEARCHES[9])[0].last.cached_tokens == len(SEARCHES[9].input_ids) - 1
+    assert kit.run(engine, SEARCHES[11])[0].last.cached_tokens == len(SEARCHES[11].input_ids) - 1
 
 
 @pytest.mark.parametrize(
@@ -286,8 +315,8 @@ SEARCHED = {"num_beams": 3, "length_penalty": 0.5}
 @pytest.mark.parametrize(
     ("own", "given", "message"),
     [
-        ({}, {"top_p": 0.9, "seed": 0}, "top_p and seed do nothing where .*; give a temperature, or leave top_p "),
-        (SEARCHED, {"top_k": 5}, "top_k does nothing where .*; give a temperature, or leave top_k out"),
+        ({}, {"top_p": 0.9, "seed": 0}, "top_p and seed do nothing where .*; give a temperature, or "),
+        (SEARCHED, {"top_k": 5}, "top_k does nothing where no word is drawn; give a temperature"),
         (DRAWN, {"temperature": 0, "min_p": 0.1}, "min_p does nothing"),
         (DRAWN, {"num_beams": 3, "seed": 1}, "seed does nothing where no word is drawn; leave seed out"),
         ({}, {"length_penalty": 0.5}, "length_penalty is 0.5, which does nothing without beams; give num_"),

@@ -351,7 +351,8 @@ class Backend:
             number = shorten(largest, 40)
             raise InputError(f"the prompt has the token {number}, the model only {size}; give others")
         params = SamplingParams(**SamplingParams.options(self.assistant.generation, sampling))
-        prompt = Prompt(torch.tensor(ids, dtype=torch.int64), params=params)
+        decode = self.assistant.processor.tokenizer.decode
+        prompt = Prompt(torch.tensor(ids, dtype=torch.int64), params=params, decode=decode)
         check_room(self.assistant.model, prompt)
         return prompt
 
