@@ -22,9 +22,9 @@ from pumice.config import ModelConfig
 from pumice.config_json import as_stored
 from pumice.conversation import Conversation, ImagePart, Message, question_message
 from pumice.engine.engine import Engine
+from pumice.engine.params import SamplingParams
 from pumice.engine.reply import Reply, is_done, outcome
 from pumice.engine.requests import Prompt, PromptImage, check_room
-from pumice.engine.sampling import SamplingParams
 from pumice.engine.sizes import check_sizes
 from pumice.engine.snapshot import Snapshot
 from pumice.errors import InputError

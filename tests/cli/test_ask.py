@@ -345,6 +345,20 @@ finally:
     assert (process.returncode, process.stderr) == (0, "[]\n")
 
 
+def test_an_option_out_of_range_is_told_before_torch_is_imported(tiny_folder: Path) -> None:
+    code = f"""
+import sys
+from pumice.cli import app
+sys.argv = ["pumice", "ask", "What?", "--model", {str(tiny_folder)!r}, "--num-beams", "100"]
+try:
+    app()
+finally:
+    print("torch" in sys.modules)
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout) == (2, "False\n")
+
+
 def test_wrong_videos(
     run: Any, refused: Any, folder: Path, clip: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -251,7 +251,7 @@ def _ask_batch(source: Path, out: Path, asking: _Asking, slots: int) -> None:
 
 def _answer_rows(rows: list[_Row], partial: Path, asking: _Asking, slots: int) -> list[str | InputError]:
     """Return the answer or the error of each row. A stopped run continues from the answers in `partial`."""
-    from pumice.engine.sampling import SamplingParams
+    from pumice.engine.params import SamplingParams
 
     if not rows:
         return []

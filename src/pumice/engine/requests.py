@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pumice.config import IMAGE_TOKEN
 from pumice.engine.cache import CacheSlot
-from pumice.engine.sampling import Constraint, SamplingParams, TokenLogprob, token_logprobs
+from pumice.engine.params import SamplingParams
+from pumice.engine.sampling import Constraint, TokenLogprob, token_logprobs
 from pumice.errors import ContextOverflow, InputError, counted
 from pumice.model.llava import Llava
 

@@ -105,7 +105,7 @@ class InPumice:
     @torch.inference_mode()
     def trace(self, question: CheckQuestion, first: Trace | None) -> Trace:
         # Greedy, whatever the folder says: each token is then compared with the likeliest of another program.
-        options = {"temperature": 0.0, "num_beams": 1, "max_new_tokens": self._new}
+        options: dict[str, Any] = {"temperature": 0.0, "num_beams": 1, "max_new_tokens": self._new}
         prompt = self.assistant.prompt(question.conversation, **options)
         image_tokens = prompt.encode_images()
         if first is None:

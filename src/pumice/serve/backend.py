@@ -17,8 +17,8 @@ from starlette.responses import Response
 
 from pumice.conversation import Conversation, Video
 from pumice.engine.grammar_check import check_grammars, refused
+from pumice.engine.params import SamplingParams
 from pumice.engine.requests import Prompt, check_room
-from pumice.engine.sampling import SamplingParams
 from pumice.errors import ContextOverflow, InputError, shorten
 from pumice.serve.answers import AnswerForm, AnswerPiece, ChatForm, CompletionForm, ModelResponse, join
 from pumice.serve.anthropic import AnthropicForm, AnthropicRequest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pumice.engine.sampling import DRAWING, SamplingParams
+from pumice.engine.params import DRAWING, SamplingParams
 from pumice.errors import InputError
 from pumice.serve.errors import invalid
 from pumice.serve.protocol import GenerationRequest
