@@ -81,7 +81,7 @@ class SamplingParams:
         # 1. Beams that are given go before defaults that draw or penalise, and these before default beams.
         dropped: set[str] = set()
         if given.get("num_beams", 1) != 1:
-            dropped = {*WITHOUT_BEAMS}
+            dropped = {*_asked(defaults, WITHOUT_BEAMS)}
         elif _asked(given, WITHOUT_BEAMS):
             dropped = {"num_beams"}
         options = {**{name: value for name, value in defaults.items() if name not in dropped}, **given}
