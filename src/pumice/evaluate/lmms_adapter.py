@@ -154,6 +154,6 @@ def sampling(options: Mapping[str, Any]) -> dict[str, Any]:
     }
     if beams > 1:
         params["length_penalty"] = 1.0 if length_penalty is None else float(length_penalty)
-    if samples and options.get("top_p"):
+    if params["temperature"] and options.get("top_p"):
         params["top_p"] = float(options["top_p"])
     return params
