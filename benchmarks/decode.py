@@ -46,8 +46,8 @@ def pumice(bits: str | None, threads: int) -> Measure:
     torch.set_num_threads(threads)
     import pumice as package
     from pumice.engine.engine import Engine
+    from pumice.engine.params import SamplingParams
     from pumice.engine.requests import Prompt
-    from pumice.engine.sampling import SamplingParams
 
     assistant = package.load(from_wheel(wheel(NAME)), device="cpu", quantize=bits)
     # Answers as long as is asked for. An engine notes at its start which tokens end them.

@@ -22,8 +22,9 @@ from pumice.config import DecoderConfig
 from pumice.engine.cache import PrefixCache
 from pumice.engine.engine import KEPT_FREED_BYTES
 from pumice.engine.native import NativeDecoder, native_decoder
+from pumice.engine.params import SamplingParams
 from pumice.engine.requests import Prompt, Request
-from pumice.engine.sampling import SamplingParams, sample
+from pumice.engine.sampling import sample
 from pumice.engine.scheduler import Scheduler
 from pumice.kernels.allocator import keep_freed_memory
 from pumice.kernels.packed import BlockFormat, PackedMatrix, packed_size

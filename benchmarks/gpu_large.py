@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from pumice.config import ConnectorConfig, DecoderConfig, LoraConfig, ModelConfig, VisionConfig
 from pumice.engine.engine import Engine
+from pumice.engine.params import SamplingParams
 from pumice.engine.requests import Prompt
-from pumice.engine.sampling import SamplingParams
 from pumice.errors import InputError, WorkError
 from pumice.model.adapters import add_lora
 from pumice.model.llava import Llava

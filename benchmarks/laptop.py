@@ -149,8 +149,8 @@ def pumice(folder: Path, options: dict[str, Any]) -> dict[str, float]:
     import pumice as package
     from pumice.assistant import Assistant
     from pumice.conversation import Conversation, user_message
+    from pumice.engine.params import SamplingParams
     from pumice.engine.requests import Prompt
-    from pumice.engine.sampling import SamplingParams
 
     _ = package.load
     start = time.perf_counter()

@@ -2,10 +2,10 @@
 
     python benchmarks/soak.py [--minutes 10] [--clients 12] [--json FILE]
 
-A tiny random model is served by `pumice serve`; every whole answer is compared with the naive one, which is
-computed beforehand without a cache. Fails (status 1) on a 5xx, on an answer that differs, on a status that
-was not expected, on memory that still grows after the warm-up (the first quarter), or when the last drain
-does not end with status 0.
+A tiny random model is served by `pumice serve`; every whole answer is compared with one that is computed
+beforehand: without a cache, or for a beam search, which needs the engine, with nothing beside it. Fails
+(status 1) on a 5xx, on an answer that differs, on a status that was not expected, on memory that still grows
+after the warm-up (the first quarter), or when the last drain does not end with status 0.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def message(text: str, *pictures: bytes) -> dict[str, Any]:
 
 
 def catalogue(folder: Path) -> list[tuple[dict[str, Any], str]]:
-    """Requests and what the model answers to them without a cache, alone."""
+    """Requests and what the model answers to them alone."""
     from pumice.assistant import load
     from pumice.engine.generate import naive_generate
 
@@ -70,11 +70,19 @@ def catalogue(folder: Path) -> list[tuple[dict[str, Any], str]]:
         body: dict[str, Any] = {"messages": messages, "max_tokens": 4 + number % 13}
         if number % 5 == 4:
             body |= {"temperature": 1.2, "top_p": 0.9, "seed": number}
+        elif number % 5 == 2:
+            body |= {"num_beams": 3, "length_penalty": 0.5}
         asked = ChatRequest.model_validate(body)
-        sampling = {key: body[key] for key in ("temperature", "top_p", "seed") if key in body}
+        sampling = {key: value for key, value in body.items() if key not in ("messages", "max_tokens")}
+        sampling["max_new_tokens"] = body["max_tokens"]
         files = {param: base64.b64decode(image.url.partition(",")[2]) for param, image in asked.images}
-        prompt = exact.prompt(conversation(asked, files), max_new_tokens=body["max_tokens"], **sampling)
-        cases.append((body, exact.processor.tokenizer.decode(naive_generate(exact.model, prompt))))
+        question = conversation(asked, files, exact.processor.template)
+        if "num_beams" in body:
+            answer = "".join(exact.stream(question, **sampling))
+        else:
+            prompt = exact.prompt(question, num_beams=1, **sampling)
+            answer = exact.processor.tokenizer.decode(naive_generate(exact.model, prompt))
+        cases.append((body, answer))
     return cases
 
 
@@ -157,8 +165,8 @@ class Soak:
         wrong: list[Any] = [
             bad_picture,
             too_long,
-            {**good, "n": 3},
-            {**good, "tools": []},
+            {**good, "n": 999},
+            {**good, "tools": [{}]},
             [],
             7,
             {"messages": "x"},

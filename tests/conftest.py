@@ -377,6 +377,13 @@ def searching(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
+def drawing(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, whose folder says that words are drawn."""
+    folder = tmp_path_factory.mktemp("drawing") / "model"
+    return with_generation(tiny_folder, folder, temperature=0.7)
+
+
+@pytest.fixture(scope="session")
 def stand_in(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder named pumice-tiny, small and random, with adapters as that has them."""
     from pumice.config import LoraConfig

@@ -328,8 +328,9 @@ def test_fields_that_came_later_are_written_only_where_they_say_something() -> N
         ({"temperature": float("nan")}, "temperature is nan; give 0 (greedy) or more"),
         ({"num_beams": 0}, "num_beams is 0; give 1 (off) to 64"),
         (
-            {"num_beams": 3, "temperature": 0.2},
-            "num_beams is 3, which goes with temperature 0 and repetition_penalty 1 only",
+            {"num_beams": 3, "temperature": 0.2, "repetition_penalty": 1.1},
+            "num_beams is 3, which does not go with temperature and repetition_penalty; give num_beams 1, or "
+            "temperature 0 and repetition_penalty 1",
         ),
     ],
 )

@@ -22,9 +22,9 @@ from pumice.config import ModelConfig
 from pumice.config_json import as_stored
 from pumice.conversation import Conversation, ImagePart, Message, question_message
 from pumice.engine.engine import Engine
+from pumice.engine.params import SamplingParams
 from pumice.engine.reply import Reply, is_done, outcome
 from pumice.engine.requests import Prompt, PromptImage, check_room
-from pumice.engine.sampling import SamplingParams
 from pumice.engine.sizes import check_sizes
 from pumice.engine.snapshot import Snapshot
 from pumice.errors import InputError
@@ -275,8 +275,9 @@ class Assistant:
         prompt = self._prompt(conversation, self._params(sampling), continued)
         if schema is None:
             return prompt
-        if sampling.get("num_beams", 1) > 1:
-            raise InputError(f"num_beams is {sampling['num_beams']}, which does not go with a schema; give 1")
+        for name in ("num_beams", "length_penalty"):
+            if (value := sampling.get(name, 1)) != 1:
+                raise InputError(f"{name} is {value}, which does not go with a schema; give 1")
         return dataclasses.replace(prompt, constraint=self.json(schema))
 
     def json(self, schema: Mapping[str, Any] | None) -> JsonSchema:
@@ -332,7 +333,8 @@ class Assistant:
             for image, layout in zip(sample.images, sample.layouts, strict=True)
         )
         prefix = "" if continued else self.processor.answer_prefix
-        prompt = Prompt(torch.from_numpy(sample.input_ids), None, params, images, prefix=prefix)
+        ids, decode = torch.from_numpy(sample.input_ids), self.processor.tokenizer.decode
+        prompt = Prompt(ids, None, params, images, prefix=prefix, decode=decode)
         check_room(self.model, prompt)
         self._warn_of_many_images(sum(not image.frame for image in sample.images))
         return prompt

@@ -31,6 +31,11 @@ SAMPLING_RANGES = {
     "num_beams": (1, 64, "1 (off) to 64"),
     "length_penalty": (-10, 10, "-10 to 10"),
 }
+# What beam search does without, and the values that turn each off: fields of `SamplingParams`.
+WITHOUT_BEAMS: dict[str, Any] = {
+    "temperature": 0, "repetition_penalty": 1, "frequency_penalty": 0, "presence_penalty": 0,
+    "logprobs": None, "prompt_logprobs": None,
+}  # fmt: skip
 DECODER_ACTIVATIONS = ("silu", "gelu_tanh")
 # How a connector reduces the features of a tile -> their number after it, from the features on a side and the
 # config's factor. `model/connector.py` computes them.
@@ -268,6 +273,20 @@ class LoraConfig:
             )
 
 
+def check_beams(settings: Any) -> None:
+    """Raise InputError if settings of sampling ask for beams and for what beam search does without.
+
+    settings: they may lack fields of `SamplingParams`.
+    """
+    others = [name for name, off in WITHOUT_BEAMS.items() if getattr(settings, name, off) != off]
+    if settings.num_beams > 1 and others:
+        offs = (f"no {name}" if (off := WITHOUT_BEAMS[name]) is None else f"{name} {off}" for name in others)
+        raise InputError(
+            f"num_beams is {settings.num_beams}, which does not go with {' and '.join(others)}; "
+            f"give num_beams 1, or {' and '.join(offs)}"
+        )
+
+
 @dataclass(frozen=True)
 class GenerationConfig:
     """How a model's answers are sampled by default. These fields' own defaults are greedy.
@@ -286,10 +305,7 @@ class GenerationConfig:
         for name, (low, high, words) in SAMPLING_RANGES.items():
             if not low <= (value := getattr(self, name)) <= high:
                 raise InputError(f"{name} is {shorten(value)}; give {words}")
-        if self.num_beams > 1 and (self.temperature or self.repetition_penalty != 1):
-            raise InputError(
-                f"num_beams is {self.num_beams}, which goes with temperature 0 and repetition_penalty 1 only"
-            )
+        check_beams(self)
 
     @property
     def used(self) -> GenerationConfig:

@@ -187,9 +187,18 @@ def test_beams(exact: Assistant, pictures: list[Path]) -> None:
     assert list(reply) == [answer]  # as a whole
     assert (reply.tokens > 0, reply.prompt_progress[0]) == (True, reply.prompt_progress[1])
     with pytest.raises(InputError, match="num_beams is 3, which does not go with a schema"):
-        exact.stream(
-            Conversation((user_message("What?", [pictures[0]]),)), schema={"type": "object"}, **beams
-        )
+        exact.stream([{"role": "user", "content": "What?"}], schema={"type": "object"}, **beams)
+
+
+def test_a_search_ends_with_a_stop_text(exact: Assistant, pictures: list[Path]) -> None:
+    """It does not run on until a stop token, or until the longest answer."""
+    beams: dict[str, Any] = {"max_new_tokens": 60, "num_beams": 3, "length_penalty": 0.0}
+    question = Conversation((user_message("What?", [pictures[0]]),))
+    assert (reply := exact.stream(question, **beams)) and "".join(reply) and reply.tokens == 60
+    before = exact.engine.stats().steps
+    reply = exact.stream(question, **beams, stop=tuple("aeiou "))
+    assert not set("".join(reply)) & set("aeiou ") and reply.finish == "stop"
+    assert exact.engine.stats().steps - before < 30
 
 
 def test_a_model_s_own_beams_give_way(exact: Assistant, pictures: list[Path]) -> None:
@@ -207,6 +216,8 @@ def test_a_model_s_own_beams_give_way(exact: Assistant, pictures: list[Path]) ->
         held = "".join(
             model.stream(Conversation((user_message("What?", [pictures[0]]),)), schema=schema, **SHORT)
         )
+        with pytest.raises(InputError, match=r"length_penalty is 2\.0, which does not go with a schema"):
+            model.stream([{"role": "user", "content": "What?"}], schema=schema, length_penalty=2.0)
     assert drawn == exact.ask(pictures[0], "What?", **SHORT, temperature=1.0, seed=3)
     assert held == "".join(
         exact.stream(Conversation((user_message("What?", [pictures[0]]),)), schema=schema, **SHORT)

@@ -17,9 +17,11 @@ from PIL import Image, ImageChops
 from pumice.assistant import Assistant, load
 from pumice.boxes import COLOURS
 from pumice.cli import app
+from pumice.cli.options import Opening
 from pumice.conversation import Video
 from pumice.engine import sizes
 from pumice.engine.reply import Reply
+from pumice.formats import read
 from pumice.formats.export import export
 from pumice.formats.pumice.quantized import copies_folder
 
@@ -231,6 +233,9 @@ def test_beams(run: Any, searching: Path, tiny_folder: Path, tmp_path: Path) -> 
         2,
         True,
     )
+    drawn = ("--temperature", "1", "--top-p", "0.9", "--seed", "3")
+    expected = tiny.ask(None, "What?", max_new_tokens=8, temperature=1.0, top_p=0.9, seed=3)
+    assert run("ask", "What?", *SHORT, *model, *drawn).stdout == expected + "\n"
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "What?"}\n' * 2)
     batch = ["--batch", str(rows), "--out", str(tmp_path / "out.jsonl"), *SHORT, *model]
@@ -239,6 +244,40 @@ def test_beams(run: Any, searching: Path, tiny_folder: Path, tmp_path: Path) -> 
         answers = [json.loads(line)["answer"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
         assert answers == [answer] * 2
         (tmp_path / "out.jsonl").unlink()
+
+
+@pytest.mark.parametrize("command", [("ask", "What?"), ("chat",)])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--num-beams 3 --top-p 0.9", "top_p does nothing where no word is drawn"),
+        ("--top-k 5 --min-p 0.1", "top_k and min_p do nothing where no word is drawn; give a temperature"),
+        ("--length-penalty 0.5", "length_penalty is 0.5, which does nothing without beams"),
+        ("--num-beams 100", "num_beams is 100; give 1 (off) to 64"),
+        ("--length-penalty nan", "length_penalty is nan; give a number"),
+        ("--temperature -1", "temperature is -1.0; give 0 (greedy) or more"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused_before_the_model_is_opened(
+    run: Any,
+    refused: Any,
+    command: tuple[str, ...],
+    words: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Opening, "load", None)
+    refused(run(*command, *words.split()), message)
+
+
+def test_the_model_s_folder_says_what_does_nothing(
+    run: Any, refused: Any, searching: Path, drawing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("--top-p", "0.9", "--top-k", "2")
+    assert run("ask", "What?", *SHORT, "--model", str(drawing), *given, model=False).exit_code == 0
+    assert run("ask", "What?", *SHORT, "--model", str(searching), "--length-penalty", "2").exit_code == 0
+    monkeypatch.setattr(read, "stored_generation", lambda _: None)  # as of a model on the hub
+    refused(run("ask", "What?", *SHORT, *given), "top_p and top_k do nothing")
 
 
 @pytest.mark.parametrize(("word", "bits"), [("none", None), ("int8", "int8"), ("int4", "int4")])
@@ -304,6 +343,20 @@ finally:
 """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (process.returncode, process.stderr) == (0, "[]\n")
+
+
+def test_an_option_out_of_range_is_told_before_torch_is_imported(tiny_folder: Path) -> None:
+    code = f"""
+import sys
+from pumice.cli import app
+sys.argv = ["pumice", "ask", "What?", "--model", {str(tiny_folder)!r}, "--num-beams", "100"]
+try:
+    app()
+finally:
+    print("torch" in sys.modules)
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout) == (2, "False\n")
 
 
 def test_wrong_videos(

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import sys
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -37,16 +38,36 @@ PARTS: list[tuple[Any, ...]] = [
     (1, IMAGES[0], 7, IMAGES[1], 9),
     (9,),
 ]
+
+
+def letters(tokens: Sequence[int]) -> str:
+    """The text of tokens: one letter each."""
+    return "".join(chr(ord("a") + token % 26) for token in tokens)
+
+
 SEARCHES = [
-    KIT.prompt(*parts, max_new_tokens=longest, num_beams=width, length_penalty=penalty)
+    dataclasses.replace(
+        KIT.prompt(*parts, max_new_tokens=longest, num_beams=width, length_penalty=penalty, stop=stop),
+        decode=letters,
+    )
     for parts in PARTS
-    for width, penalty, longest in ((2, 1.0, 9), (3, 0.5, 14), (4, 2.0, 7), (3, 0.0, 1))
+    for width, penalty, longest, stop in (
+        (2, 1.0, 9, ()),
+        (3, 0.5, 14, ()),
+        (4, 2.0, 7, ()),
+        (3, 0.0, 1, ()),
+        (3, 1.0, 12, ("a", "eb", "q")),
+    )
 ]
 
 
 def plain_search(prompt: Prompt) -> tuple[list[int], str]:
     """Return the tokens and how they ended, from a pass over everything for each hypothesis."""
     params, width = prompt.params, prompt.params.num_beams
+
+    def holds_stop(tokens: list[int]) -> bool:
+        return any(stop in letters(tokens) for stop in params.stop)
+
     images = prompt.encode_images()
     live: list[tuple[float, list[int]]] = [(0.0, [])]
     ended: list[tuple[float, list[int], str]] = []
@@ -61,11 +82,17 @@ def plain_search(prompt: Prompt) -> tuple[list[int], str]:
             score = total / length**params.length_penalty
             if token in MODEL.config.stop_token_ids:
                 ended.append((score, tokens, "stop"))
+            elif holds_stop([*tokens, token]):
+                ended.append((score, [*tokens, token], "stop"))
             elif length == params.max_new_tokens:
                 ended.append((score, [*tokens, token], "length"))
         ended = sorted(ended, key=lambda one: -one[0])[:width]
-        going_on = [one for one in continued if one[2] not in MODEL.config.stop_token_ids]
-        live = [(total, [*tokens, token]) for total, tokens, token in going_on[:width]]
+        going_on = (
+            (total, [*tokens, token])
+            for total, tokens, token in continued
+            if token not in MODEL.config.stop_token_ids and not holds_stop([*tokens, token])
+        )
+        live = [*itertools.islice(going_on, width)]
         if len(ended) == width and live[0][0] / length**params.length_penalty <= ended[-1][0]:
             break
     return ended[0][1], ended[0][2]
@@ -92,6 +119,8 @@ def test_the_answers_differ_from_greedy_ones_and_end_in_both_ways() -> None:
     one = [dataclasses.replace(p, params=dataclasses.replace(p.params, num_beams=1)) for p in SEARCHES]
     greedy = [naive_generate(MODEL, prompt) for prompt in one]
     assert sum(tokens != other for (tokens, _), other in zip(answers, greedy, strict=True)) > 8
+    stopped = [tokens for (tokens, _), one in zip(answers, SEARCHES, strict=True) if one.holds_stop(tokens)]
+    assert len({len(tokens) for tokens in stopped}) > 1
 
 
 ACTIONS = st.one_of(
@@ -254,11 +283,11 @@ def test_an_image_that_fails_ends_its_own_search_only(kit: Kit) -> None:
 
 def test_hypotheses_share_what_is_computed(kit: Kit) -> None:
     engine = Engine(MODEL)
-    kit.run(engine, SEARCHES[9])
+    kit.run(engine, SEARCHES[11])
     assert kit.encoded == []  # KIT's own pictures count there
-    assert engine.stats().prompt_tokens == len(SEARCHES[9].input_ids)
+    assert engine.stats().prompt_tokens == len(SEARCHES[11].input_ids)
     assert engine.stats().prefix_hits == 0
-    assert kit.run(engine, SEARCHES[9])[0].last.cached_tokens == len(SEARCHES[9].input_ids) - 1
+    assert kit.run(engine, SEARCHES[11])[0].last.cached_tokens == len(SEARCHES[11].input_ids) - 1
 
 
 @pytest.mark.parametrize(
@@ -270,7 +299,50 @@ def test_what_goes_with_beams(other: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=message):
         SamplingParams(num_beams=3, **other)
     # The model's own beams give way, those of the user do not.
-    own = {"num_beams": 3, "temperature": 0.0}
+    own = {"num_beams": 3, "length_penalty": 0.5, "temperature": 0.0}
     assert "num_beams" not in SamplingParams.options(own, other)
     assert SamplingParams.options(own, {"max_new_tokens": 2})["num_beams"] == 3
-    assert SamplingParams.options(own, {"num_beams": 2, **other})["num_beams"] == 2
+    with pytest.raises(InputError, match=message):
+        SamplingParams.options(own, {"num_beams": 3, **other})
+    # What the model's folder says beside no beams gives way, too.
+    assert SamplingParams.of(SamplingParams.options(other, {"num_beams": 3})) == SamplingParams(num_beams=3)
+
+
+DRAWN = {"temperature": 0.7, "top_p": 0.9}
+SEARCHED = {"num_beams": 3, "length_penalty": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "message"),
+    [
+        ({}, {"top_p": 0.9, "min_p": 0.1}, "top_p and min_p do nothing where .*; give a temperature, or "),
+        (SEARCHED, {"top_k": 5}, "top_k does nothing where no word is drawn; give a temperature"),
+        (DRAWN, {"num_beams": 3, "min_p": 0.1}, "min_p does nothing where no word is drawn; leave min_p out"),
+        ({}, {"length_penalty": 0.5}, "length_penalty is 0.5, which does nothing without beams; give num_"),
+        (SEARCHED, {"num_beams": 1, "length_penalty": 2.0}, "length_penalty is 2.0, which does nothing"),
+        (SEARCHED, {"temperature": 1.0, "length_penalty": 2.0}, "length_penalty is 2.0, which does nothing"),
+        ({}, {"num_beams": "3"}, "num_beams is '3'; give a whole number"),
+        ({}, {"length_penalty": float("nan")}, "length_penalty is nan; give a number"),
+    ],
+)  # fmt: skip
+def test_given_options_that_would_do_nothing(own: Any, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}"):
+        SamplingParams.options(own, given)
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "expected"),
+    [
+        (SEARCHED, {}, SEARCHED),
+        (SEARCHED, {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": None}, SEARCHED),
+        # A seed asks that an answer comes again, as it does; and temperature 0 says that nothing is drawn.
+        (SEARCHED, {"seed": 1}, SEARCHED | {"seed": 1}),
+        (DRAWN, {"temperature": 0, "min_p": 0.1}, DRAWN | {"temperature": 0, "min_p": 0.1}),
+        (SEARCHED, {"length_penalty": 2.0}, SEARCHED | {"length_penalty": 2.0}),
+        ({}, {"length_penalty": 1.0}, {}),
+        (DRAWN, {"top_k": 5, "seed": 2}, DRAWN | {"top_k": 5, "seed": 2}),
+    ],
+)
+def test_other_options_are_as_before(own: Any, given: dict[str, Any], expected: dict[str, Any]) -> None:
+    """A value that asks for nothing does no harm, and each default may be replaced alone."""
+    assert SamplingParams.of(SamplingParams.options(own, given)) == SamplingParams(**expected)

@@ -55,6 +55,9 @@ def test_beams_are_those_of_the_task(model: Any) -> None:
     from pumice.evaluate.lmms_adapter import sampling
 
     assert sampling({"num_beams": 3, "length_penalty": 0.0})["length_penalty"] == 0
+    # What would do nothing is left out, as tasks name it all the same.
+    assert "length_penalty" not in sampling({"num_beams": 1, "length_penalty": 0.5})
+    assert "top_p" not in sampling({"do_sample": True, "temperature": 0.0, "top_p": 0.9})
     # None of the task is none, whatever the model's folder says.
     assert sampling({"num_beams": None, "do_sample": True, "temperature": 0.0})["num_beams"] == 1
 

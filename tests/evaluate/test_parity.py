@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from pumice.cli import app
 from pumice.cli.check import _programs
 from pumice.cli.options import Opening
+from pumice.config import GenerationConfig
 from pumice.evaluate import parity
 from pumice.formats.export import export
 from pumice.formats.gguf import library
@@ -143,6 +144,19 @@ def test_another_model_may_lack_the_tokens_of_the_answer(models: ModuleType) -> 
     trace = program.trace(parity.CheckQuestion("What?"), larger)
     assert trace.shared is None
     assert parity.first_parting(parity.compare(larger, trace, 0.1, str)[1:]) == "decoder"
+
+
+def test_what_is_compared_is_greedy(models: ModuleType) -> None:
+    """Also of a model whose folder asks for beams: another program's likeliest tokens are greedy."""
+    question = parity.CheckQuestion("What?")
+    assistant = models.assistant(tiny(models))
+    greedy = parity.InPumice("greedy", lambda: assistant, 12).trace(question, None).written
+    conversation = question.conversation
+    found = "".join(assistant.stream(conversation, max_new_tokens=12, num_beams=3))
+    assistant.model.config = replace(assistant.model.config, generation=GenerationConfig(num_beams=3))
+    assert "".join(assistant.stream(conversation, max_new_tokens=12)) == found
+    assert assistant.processor.tokenizer.decode(greedy) != found
+    assert parity.InPumice("searching", lambda: assistant, 12).trace(question, None).written == greedy
 
 
 def trace(logprobs: list[list[float]], ids: tuple[int, ...] = (1,)) -> parity.Trace:

@@ -211,6 +211,10 @@ def test_the_model_s_beams(local: Any, exact: Assistant, searching: Path) -> Non
         scored = create(**asked, logprobs=True)
         drawn = create(**asked, temperature=1.0, seed=3)
         held = create(**asked | {"max_tokens": 40}, extra_body={"structured_outputs": {"json": WORD}})
+        # What says how words are drawn asks for nothing where none is drawn.
+        same = [create(**asked, **one) for one in ({"top_p": 1}, {"top_p": 0.9, "temperature": 0, "seed": 4})]
+        off = [create(**asked, extra_body=one) for one in ({"num_beams": 1}, {"use_beam_search": False})]
+        longer = create(**asked, extra_body={"length_penalty": 4.0})
     expected = exact.ask(None, "What?", max_new_tokens=12, num_beams=3, length_penalty=0.5)
     greedy = exact.ask(None, "What?", max_new_tokens=12)
     assert answer.choices[0].message.content == expected != greedy
@@ -220,6 +224,64 @@ def test_the_model_s_beams(local: Any, exact: Assistant, searching: Path) -> Non
     other = exact.ask(None, "What?", max_new_tokens=12, temperature=1.0, seed=3)
     assert drawn.choices[0].message.content == other
     assert json.loads(held.choices[0].message.content or "") in WORDS
+    assert [one.choices[0].message.content for one in same] == [expected] * 2
+    assert [one.choices[0].message.content for one in off] == [greedy] * 2
+    other = exact.ask(None, "What?", max_new_tokens=12, num_beams=3, length_penalty=4.0)
+    assert longer.choices[0].message.content == other
+
+
+def test_beams_that_a_client_asks_for(server: str, exact: Assistant) -> None:
+    asked = {"max_new_tokens": 12, "num_beams": 3, "length_penalty": 0.5}
+    expected = exact.ask(None, "What?", **asked)
+    beams = {"num_beams": 3, "length_penalty": 0.5, "max_tokens": 12, "early_stopping": False}
+    tool = {"type": "function", "function": {"name": "f"}}
+    for more in ({}, {"n": 1, "top_p": 0.9}, {"tools": [tool]}, {"logprobs": False}):
+        answer = post(server, ask("What?") | beams | more).json()["choices"][0]["message"]["content"]
+        assert answer == expected
+    with httpx.stream(
+        "POST", f"{server}/v1/chat/completions", json=ask() | beams | {"stream": True}
+    ) as lines:
+        chunks = [json.loads(line[6:]) for line in lines.iter_lines() if line.startswith("data: {")]
+    pieces = [piece for one in chunks if (piece := one["choices"][0]["delta"].get("content"))]
+    assert pieces == [expected]
+    stop = expected[2:4]
+    stopped = post(server, ask("What?") | beams | {"stop": stop}).json()["choices"][0]
+    assert stopped["message"]["content"] == exact.ask(None, "What?", **asked, stop=stop)
+    assert (
+        post(server, {"prompt": "A dog"} | beams, "/v1/completions").json()["choices"][0]["text"]
+        != (
+            post(server, {"prompt": "A dog", "max_tokens": 12}, "/v1/completions").json()["choices"][0][
+                "text"
+            ]
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "param", "message"),
+    [
+        ({"num_beams": 3, "temperature": 1}, "num_beams", "does not go with temperature; give num_beams 1"),
+        ({"num_beams": 3, "frequency_penalty": 1}, "num_beams", "does not go with frequency_penalty"),
+        ({"num_beams": 3, "logprobs": 1}, "num_beams", "does not go with logprobs"),
+        ({"num_beams": 3, "n": 2}, "n", "should be 1 beside num_beams"),
+        ({"num_beams": 3, "guided_regex": "a+"}, "num_beams", "an answer in a given form; give num_beams 1"),
+        ({"length_penalty": 0.5}, "length_penalty", "does nothing without beams"),
+        ({"num_beams": 65}, "num_beams", "less than or equal to 64"),
+        ({"length_penalty": 11}, "length_penalty", "less than or equal to 10"),
+        ({"use_beam_search": True}, "use_beam_search", "num_beams says whether there is a search"),
+        ({"use_beam_search": False, "num_beams": 2}, "use_beam_search", "num_beams says whether"),
+        ({"num_beams": 3, "early_stopping": True}, "early_stopping", "unknown field 'early_stopping'"),
+    ],
+)
+def test_beams_that_a_client_cannot_have(server: str, more: dict[str, Any], param: str, message: str) -> None:
+    for path, body in (("/v1/chat/completions", ask()), ("/v1/completions", {"prompt": "A dog"})):
+        asked = body | more
+        if path.endswith("chat/completions") and "logprobs" in more:
+            asked["logprobs"] = True
+        response = post(server, asked, path)
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, param)
+        assert message in error["message"]
 
 
 def test_many_at_once_answer_as_alone(server: str, exact: Assistant) -> None:

@@ -251,20 +251,20 @@ def _ask_batch(source: Path, out: Path, asking: _Asking, slots: int) -> None:
 
 def _answer_rows(rows: list[_Row], partial: Path, asking: _Asking, slots: int) -> list[str | InputError]:
     """Return the answer or the error of each row. A stopped run continues from the answers in `partial`."""
-    from pumice.engine.sampling import SamplingParams
+    from pumice.engine.params import SamplingParams
 
     if not rows:
         return []
     assistant = asking.opening.load_to_ask(asking.model, asking.sampling)
     # The file says with what it was asked in full.
-    sampling = SamplingParams.options(assistant.generation, asking.sampling)
+    whole = SamplingParams.options(assistant.generation, asking.sampling)
     questions = [(list(row.images), row.question) for row in rows]
-    asked = {"model": asking.model, "frames": asking.frames, **asking.opening.arguments(), **sampling}
+    asked = {"model": asking.model, "frames": asking.frames, **asking.opening.arguments(), **whole}
     with AnswerFile(partial, questions, asked) as file, ProgressBar(log_seconds=LOG_SECONDS) as bar:
         if done := len(file.answers):
             ready = counted(done, "answer", "are", of=len(rows))
             print(f"pumice: {ready} in '{partial}' already", file=sys.stderr)
-        for answer in assistant.ask_each(questions[done:], slots=slots, **sampling):
+        for answer in assistant.ask_each(questions[done:], slots=slots, **asking.sampling):
             file.add(answer)
             bar.show(len(file.answers), len(rows), "answer")
     return file.answers

@@ -167,15 +167,20 @@ class Opening:
         pictures: it is asked about some; one that sees none is refused before its weights are converted.
         shown: people see how much of a prompt is read. waits_for_people: as in `share_cores`.
         """
+        from pumice.engine.params import SamplingParams
+
+        SamplingParams.of(sampling)
         share_cores(waits_for_people=waits_for_people)
         from pumice.assistant import CHUNK_SHOWN
-        from pumice.engine.sampling import SamplingParams
-        from pumice.formats.read import check_sees
+        from pumice.formats.read import check_sees, stored_generation
 
-        SamplingParams(**sampling)
+        if (generation := stored_generation(model)) is not None:
+            SamplingParams.options(generation, sampling)
         if pictures:
             check_sees(model, self.mmproj)
-        return self.load(model, **({"chunk": CHUNK_SHOWN} if shown else {}))
+        assistant = self.load(model, **({"chunk": CHUNK_SHOWN} if shown else {}))
+        SamplingParams.options(assistant.generation, sampling)  # where it was not known before
+        return assistant
 
 
 MODELS = "as the model says"

@@ -2,7 +2,8 @@
 
 Each hypothesis is a request of its own, which runs as any other. The prefix cache gives it the keys and
 values that it shares with others. When all of a search have their logits, the best continuations become the
-next hypotheses. The rules are those of transformers' `generate` with early_stopping=False.
+next hypotheses. The rules are those of transformers' `generate` with early_stopping=False. A hypothesis ends
+with a stop token, or with the token that completes a stop text, as with transformers' `stop_strings`.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ class BeamSearch:
 
     def add(self, hypothesis: Request, logits: Tensor) -> bool:
         """Take the logits (V,) after a hypothesis. Return whether those of all are there."""
-        # As many tokens as may be needed if all that end an answer are among them.
-        count = min((1 + len(self._stops)) * self._width, len(logits))
+        # As many tokens as may be needed if all that end an answer are among them. Of those that complete a
+        # stop text, as many as transformers looks at.
+        count = min(max(2, 1 + len(self._stops)) * self._width, len(logits))
         best = logits.float().log_softmax(-1).topk(count)
         self._likeliest[self.hypotheses.index(hypothesis)] = best.indices.tolist(), best.values.tolist()
         return len(self._likeliest) == len(self.hypotheses)
@@ -74,12 +76,16 @@ class BeamSearch:
         kept: list[tuple[float, int, int]] = []
         new_ended = list(ended)
         for rank, (total, place, token) in enumerate(continued):
+            if rank >= self._width and (is_last or len(kept) == self._width):
+                break
             tokens = parents[place].tokens
-            if token in self._stops or is_last:
+            is_stop = token in self._stops
+            tokens = tokens if is_stop else [*tokens, token]
+            stops = is_stop or self.request.prompt.holds_stop(tokens)
+            if stops or is_last:
                 if rank < self._width:
-                    stops = token in self._stops
                     finish: Finish = "stop" if stops else "length"
-                    new_ended.append(Ended(total / divisor, finish, tokens if stops else [*tokens, token]))
+                    new_ended.append(Ended(total / divisor, finish, tokens))
             elif len(kept) < self._width:
                 kept.append((total, place, token))
         new_ended.sort(key=lambda one: -one.score)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pumice.config import IMAGE_TOKEN
 from pumice.engine.cache import CacheSlot
-from pumice.engine.sampling import Constraint, SamplingParams, TokenLogprob, token_logprobs
+from pumice.engine.params import SamplingParams
+from pumice.engine.sampling import Constraint, TokenLogprob, token_logprobs
 from pumice.errors import ContextOverflow, InputError, counted
 from pumice.model.llava import Llava
 
@@ -45,7 +46,8 @@ class Prompt:
     input_ids: (T,) int64, with `IMAGE_TOKEN` as the placeholder of each image token. image_tokens: (M, N, D)
     or (total, D) if they are computed already; `images` is made from them. constraint: starts the constraint
     of one answer's tokens; None allows all tokens. prefix: what the chat format writes before an answer; it
-    is no part of the answer's text.
+    is no part of the answer's text. decode: returns the text of tokens, in which a beam search looks for
+    stop texts; without it, no text ends a hypothesis.
     """
 
     input_ids: Tensor
@@ -54,6 +56,7 @@ class Prompt:
     images: tuple[PromptImage, ...] = ()
     constraint: Callable[[], Constraint] | None = None
     prefix: str = ""
+    decode: Callable[[Sequence[int]], str] | None = None
 
     def __post_init__(self) -> None:
         if self.image_tokens is None:
@@ -69,6 +72,13 @@ class Prompt:
     def num_beams(self) -> int:
         """The hypotheses of a beam search; 1 is none. A constraint follows a single answer."""
         return self.params.num_beams if self.constraint is None else 1
+
+    def holds_stop(self, tokens: Sequence[int]) -> bool:
+        """Return whether the text of an answer's tokens holds one of the texts that end it."""
+        if self.decode is None or not self.params.stop:
+            return False
+        text = self.decode(tokens).removeprefix(self.prefix)
+        return any(stop in text for stop in self.params.stop)
 
     def check(self, vocabulary: int) -> None:
         """Raise ValueError unless images fill the placeholders and all other ids are in the vocabulary."""
@@ -141,9 +151,9 @@ class Delta:
     """What one step added to an answer.
 
     tokens: the new ones, without the stop token. logprobs: one for each of them, if the prompt's params ask
-    for them. finish: None while the answer grows; then "stop" (a stop token), "length" (max_new_tokens or the
-    model's context was reached), "cancelled", or "error". error: the exception behind "error". cached_tokens:
-    prompt tokens that came from the prefix cache.
+    for them. finish: None while the answer grows; then "stop" (a stop token, or a stop text that a beam
+    search found), "length" (max_new_tokens or the model's context was reached), "cancelled", or "error".
+    error: the exception behind "error". cached_tokens: prompt tokens that came from the prefix cache.
     """
 
     tokens: tuple[int, ...] = ()

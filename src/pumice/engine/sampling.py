@@ -5,116 +5,20 @@ Shapes: B rows, V vocabulary.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pumice.config import SAMPLING_RANGES
-from pumice.errors import InputError, instead_of
+from pumice.engine.params import SamplingParams
 from pumice.model.transfer import numbers_on, to_device
 
 LIKELIEST = 64  # tokens that top_p and min_p select first
 TRIES = 16  # draws from all tokens for one that top_p and min_p allow, before they are sorted
 BLOCK = 64  # tokens of the vocabulary that are searched for likely ones together
-# The lowest and the highest value of each setting, and the range in words.
-_RANGES = SAMPLING_RANGES | {
-    "max_new_tokens": (1, math.inf, "1 or more"),
-    "min_p": (0, 1, "0 (off) to 1"),
-    "frequency_penalty": (-2, 2, "-2 to 2"),
-    "presence_penalty": (-2, 2, "-2 to 2"),
-    "seed": (0, 2**63 - 1, "0 or more, below 2**63"),
-    "logprobs": (0, math.inf, "0 or more"),
-    "prompt_logprobs": (0, math.inf, "0 or more"),
-}
-_OPTIONAL = ("seed", "logprobs", "prompt_logprobs")  # may be None
-# What beam search does without.
-_WITHOUT_BEAMS = {
-    "temperature": 0, "repetition_penalty": 1, "frequency_penalty": 0, "presence_penalty": 0,
-    "logprobs": None, "prompt_logprobs": None,
-}  # fmt: skip
-_WHOLE = ("max_new_tokens", "top_k", "num_beams", *_OPTIONAL)
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How an answer is sampled. The defaults are greedy, and so reproducible.
-
-    Raises InputError if a value is outside its range.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0  # 0 takes the most likely token
-    top_p: float = 1.0  # the smallest set of tokens with this probability (arXiv 1904.09751); 1 is off
-    top_k: int = 0  # the k most likely tokens; 0 is off
-    min_p: float = 0.0  # tokens at least this share as likely as the likeliest (arXiv 2407.01082); 0 is off
-    repetition_penalty: float = 1.0  # for tokens of prompt and answer (arXiv 1909.05858); 1 is off
-    # Taken from the logits of the answer's earlier tokens (OpenAI's API reference); 0 is off.
-    frequency_penalty: float = 0.0  # for each time that a token occurs
-    presence_penalty: float = 0.0  # once, if it occurs
-    stop: tuple[str, ...] = ()  # texts; an answer ends before the first of them
-    seed: int | None = None  # None gives another answer each time
-    logprobs: int | None = None  # return log-probabilities of each token and of this many most likely ones
-    prompt_logprobs: int | None = None  # the same of the prompt's tokens, all of which are computed then
-    # Beam search: the beginnings of an answer that are kept; 1 is off. It is greedy, without penalties and
-    # log-probabilities, and the answer comes as a whole.
-    num_beams: int = 1
-    length_penalty: float = 1.0  # power of the length that sums of log-probabilities are divided by
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        for name, (low, high, words) in _RANGES.items():
-            value = getattr(self, name)
-            if value is None and name in _OPTIONAL:
-                continue
-            kind, noun = (int, "whole number") if name in _WHOLE else (int | float, "number")
-            is_number = isinstance(value, kind) and not isinstance(value, bool)
-            if not is_number or (name not in _WHOLE and not math.isfinite(value)):
-                raise InputError(f"{name} is {value!r}; give a {noun}")
-            if not low <= value <= high:
-                raise InputError(f"{name} is {value}; give {words}")
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise InputError(f"stop is {list(self.stop)!r}; give texts that are not empty")
-        others = {name: off for name, off in _WITHOUT_BEAMS.items() if getattr(self, name) != off}
-        if self.num_beams > 1 and others:
-            offs = (f"no {name}" if off is None else f"{name} {off}" for name, off in others.items())
-            raise InputError(
-                f"num_beams is {self.num_beams}, which does not go with {' and '.join(others)}; "
-                f"give num_beams 1, or {' and '.join(offs)}"
-            )
-
-    @staticmethod
-    def options(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the given options, and the defaults of others.
-
-        Default beams are left out beside what they do not go with.
-        """
-        options = {**defaults, **given}
-        if "num_beams" not in given and any(options.get(n, off) != off for n, off in _WITHOUT_BEAMS.items()):
-            options.pop("num_beams", None)
-        return options
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> SamplingParams:
-        """Return the parameters that these options give. Raises InputError on an unknown one."""
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise InputError(f"there is no sampling option {name!r}{instead_of(name, known)}")
-        return cls(**options)
-
-    def generator(self) -> torch.Generator:
-        """Return the random generator of one answer. It depends on no other answer, and on no device."""
-        generator = torch.Generator()
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.seed)
-        return generator
 
 
 class Constraint(Protocol):

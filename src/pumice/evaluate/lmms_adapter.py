@@ -145,14 +145,15 @@ def sampling(options: Mapping[str, Any]) -> dict[str, Any]:
     """Convert lmms-eval's generation_kwargs to fields of `SamplingParams`."""
     stop = options.get("until") or ()
     samples = bool(options.get("do_sample", float(options.get("temperature") or 0) > 0))
-    length_penalty = options.get("length_penalty")
+    beams, length_penalty = int(options.get("num_beams") or 1), options.get("length_penalty")
     params: dict[str, Any] = {
         "max_new_tokens": int(options.get("max_new_tokens") or MAX_NEW_TOKENS),
         "temperature": float(options.get("temperature") or 0) if samples else 0.0,
         "stop": (stop,) if isinstance(stop, str) else tuple(stop),
-        "num_beams": int(options.get("num_beams") or 1),
-        "length_penalty": 1.0 if length_penalty is None else float(length_penalty),
+        "num_beams": beams,
     }
-    if samples and options.get("top_p"):
+    if beams > 1:
+        params["length_penalty"] = 1.0 if length_penalty is None else float(length_penalty)
+    if params["temperature"] and options.get("top_p"):
         params["top_p"] = float(options["top_p"])
     return params

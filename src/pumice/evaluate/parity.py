@@ -104,7 +104,9 @@ class InPumice:
 
     @torch.inference_mode()
     def trace(self, question: CheckQuestion, first: Trace | None) -> Trace:
-        prompt = self.assistant.prompt(question.conversation, temperature=0.0, max_new_tokens=self._new)
+        # Greedy, whatever the folder says: each token is then compared with the likeliest of another program.
+        options: dict[str, Any] = {"temperature": 0.0, "num_beams": 1, "max_new_tokens": self._new}
+        prompt = self.assistant.prompt(question.conversation, **options)
         image_tokens = prompt.encode_images()
         if first is None:
             written = tuple(t for _, t in generate(self.assistant.model, [prompt]) if t is not None)

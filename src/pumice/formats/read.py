@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from pumice.config import ConnectorConfig, VisionConfig
 from pumice.errors import InputError
@@ -88,6 +89,19 @@ def check_sees(source: str | os.PathLike[str], mmproj: str | os.PathLike[str] | 
         is_blind = gguf_files(*find_pair(source, None))[1] is None
     if is_blind:
         raise InputError(NO_TOWER)
+
+
+def stored_generation(source: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Return how Pumice's own folder on this machine says that answers are sampled, before it is read.
+
+    None for any other model. The values are not checked.
+    """
+    if not os.path.exists(source) and (is_hub_name(str(source)) or is_gguf_name(str(source))):
+        return None
+    path = find_model(source)
+    if recognise(path) is not FormatKind.OWN:
+        return None
+    return Keys.of(path / folder.CONFIG).get("generation", dict, {})
 
 
 def read_model(

@@ -17,8 +17,8 @@ from starlette.responses import Response
 
 from pumice.conversation import Conversation, Video
 from pumice.engine.grammar_check import check_grammars, refused
+from pumice.engine.params import SamplingParams
 from pumice.engine.requests import Prompt, check_room
-from pumice.engine.sampling import SamplingParams
 from pumice.errors import ContextOverflow, InputError, shorten
 from pumice.serve.answers import AnswerForm, AnswerPiece, ChatForm, CompletionForm, ModelResponse, join
 from pumice.serve.anthropic import AnthropicForm, AnthropicRequest
@@ -51,6 +51,7 @@ from pumice.serve.protocol import (
 )
 from pumice.serve.responses import ResponsesRequest
 from pumice.serve.responses_form import ResponsesForm
+from pumice.serve.sampling import check_sampling, sampling_of
 from pumice.serve.settings import ServerSettings
 from pumice.serve.stored import StoredItems
 from pumice.serve.stream import ActiveRequest, Echo, EventStream, PieceReader, as_text
@@ -72,7 +73,6 @@ MAX_VALUES = 1 << 17  # JSON values in a body, at least; a model with a long con
 SCORED_BYTES = 1 << 10  # of each log-probability that is told: of a token, and of each likely one beside it
 TOKEN_BYTES = 24  # of each token of a prompt, in each of its answers
 MAX_GRAMMARS = 256  # compiled ones in the cache
-LEAST_TOP_P = 1e-9  # leaves the likeliest token
 CLOSE_SECONDS = 1.0  # for the engine's last step; its thread ends with the process
 
 
@@ -161,6 +161,7 @@ class Backend:
         # 2. Compile what the answer is held to, and read the pictures.
         schemas = await self._workers.run("parse", tool_schemas, request, tools)
         held = await self._workers.run("parse", held_to, request, tools)
+        check_sampling(sampling, self.assistant.generation, is_held=held is not None)
         constraint = await self._compile(held, schemas)
         pictures, pixels = await self._read_images(record, request)
         told = await self._workers.run("parse", tools.told)
@@ -183,7 +184,9 @@ class Backend:
         if request.logprobs is not None:
             sampling["logprobs"] = request.logprobs
             sampling["prompt_logprobs"] = request.logprobs if request.echo else None
-        constraint = await self._compile(await self._workers.run("parse", held_to, request))
+        held = await self._workers.run("parse", held_to, request)
+        check_sampling(sampling, self.assistant.generation, is_held=held is not None)
+        constraint = await self._compile(held)
         scored, usage = request.logprobs is not None, request.include_usage_in_stream
         form = CompletionForm(self._model(request), scored, usage, request.max_tokens == 0)
         prompts: list[Prompt] = []
@@ -274,21 +277,8 @@ class Backend:
 
     def _sampling(self, request: GenerationRequest) -> dict[str, Any]:
         """Return the fields of SamplingParams that the request sets."""
-        most = self.settings.max_tokens or self.assistant.model.config.decoder.context
-        asked = self.settings.default_tokens if request.limit is None else request.limit
-        values = {
-            "max_new_tokens": most if asked == -1 else min(max(asked, 1), most),
-            "temperature": request.temperature,
-            "top_p": None if request.top_p is None else max(request.top_p, LEAST_TOP_P),
-            "top_k": None if request.top_k is None else max(0, request.top_k),
-            "min_p": request.min_p,
-            "repetition_penalty": request.repetition_penalty,
-            "frequency_penalty": request.frequency_penalty,
-            "presence_penalty": request.presence_penalty,
-            "seed": None if request.seed is None else request.seed % 2**63,
-            "stop": request.stops,
-        }
-        return {key: value for key, value in values.items() if value is not None}
+        longest = self.settings.max_tokens or self.assistant.model.config.decoder.context
+        return sampling_of(request, self.assistant.generation, self.settings.default_tokens, longest)
 
     def _chat_prompt(
         self, request: ChatRequest, pictures: Pictures, told: str, sampling: dict[str, Any]
@@ -351,7 +341,8 @@ class Backend:
             number = shorten(largest, 40)
             raise InputError(f"the prompt has the token {number}, the model only {size}; give others")
         params = SamplingParams(**SamplingParams.options(self.assistant.generation, sampling))
-        prompt = Prompt(torch.tensor(ids, dtype=torch.int64), params=params)
+        decode = self.assistant.processor.tokenizer.decode
+        prompt = Prompt(torch.tensor(ids, dtype=torch.int64), params=params, decode=decode)
         check_room(self.assistant.model, prompt)
         return prompt
 

@@ -42,11 +42,10 @@ ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
         ("backend_sampling cache_prompt include_reasoning", (True, False)),
         (
             "continuous_usage_stats early_stopping echo enable_thinking ignore_eos logprobs safe_prompt "
-            "include_stop_str_in_output return_token_ids return_tokens_as_token_ids timings_per_token "
-            "use_beam_search",
+            "include_stop_str_in_output return_token_ids return_tokens_as_token_ids timings_per_token",
             (False,),
         ),
-        ("best_of length_penalty tfs_z typ_p typical_p", (1,)),
+        ("best_of tfs_z typ_p typical_p", (1,)),
         (
             "dry_multiplier dynatemp_range min_tokens mirostat priority top_a top_logprobs xtc_probability",
             (0,),
@@ -83,6 +82,11 @@ class RequestModel(BaseModel):
         {"schema", "parameters", "arguments", "guided_json", "json", "value"}
     )
     ASKS_NOTHING: ClassVar[Mapping[str, tuple[Any, ...]]] = ASKS_NOTHING
+
+
+class StreamOptions(RequestModel):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 def parse(kind: type[T], body: bytes) -> T:
@@ -140,6 +144,14 @@ def json_kind(value: Any) -> str:
     if isinstance(value, dict | BaseModel):
         return "~object"
     return "~list" if isinstance(value, list) else "~string"
+
+
+def prompt_kind(value: Any) -> str:
+    """Return the tag of a prompt: a text, texts, token ids, or several of these."""
+    if not isinstance(value, list):
+        return "~string"
+    first = value[0] if value else ""
+    return "~texts" if isinstance(first, str) else "~lists" if isinstance(first, list) else "~ids"
 
 
 TextOrList = Annotated[

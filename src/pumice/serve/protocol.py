@@ -3,7 +3,8 @@
 /openapi.json is generated from these classes; `openapi.PUBLISHED_NAMES` has the names that differ there.
 A request with an unknown field is an error that names the field, so no option is ignored silently.
 Source of the fields: OpenAI's API reference; `top_k`, `min_p`, `repetition_penalty`, `structured_outputs` and
-`guided_json` are those of vLLM, `response_format.value` is TGI's, `response_format.schema` llama.cpp's.
+`guided_json` are those of vLLM, `num_beams` and `length_penalty` those of transformers,
+`response_format.value` is TGI's, `response_format.schema` llama.cpp's.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pumice.serve.messages import (
     PastAnswer,
     RequestModel,
     ResponseFormat,
+    StreamOptions,
     StructuredOutputs,
     ToolChoice,
     ToolDescription,
@@ -35,6 +37,7 @@ from pumice.serve.messages import (
     VideoUrlPart,
     field_error,
     json_kind,
+    prompt_kind,
 )
 
 MAX_STOPS = 16
@@ -54,11 +57,6 @@ Texts = Annotated[
     ],
     Discriminator(json_kind),
 ]
-
-
-class StreamOptions(RequestModel):
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None
 
 
 _LIMIT = "The longest answer; -1, and what does not fit, is as long as it fits."
@@ -119,6 +117,9 @@ class GenerationRequest(HintedRequest):
     )
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
+    num_beams: Annotated[int, Field(ge=1, le=64, description="1 is no beam search.")] | None = None
+    length_penalty: Annotated[float, Field(ge=-10, le=10, description="Of a beam search.")] | None = None
+    use_beam_search: bool | None = Field(None, description="vLLM's; false is num_beams 1, true is refused.")
     seed: Seed | None = None
     stop: Texts | None = None
     n: int | None = Field(None, ge=1, le=MAX_ANSWERS)
@@ -135,11 +136,15 @@ class GenerationRequest(HintedRequest):
     reasoning_format: str | None = None
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> GenerationRequest:
+    def _check_fields_together(self) -> GenerationRequest:
         if self.include_usage_in_stream and not self.stream:
             raise field_error("stream_options", "needs stream to be true")
         if self.return_progress and not self.stream:
             raise field_error("return_progress", "needs stream to be true")
+        if self.use_beam_search or (self.use_beam_search is False and (self.num_beams or 1) > 1):
+            raise field_error("use_beam_search", "num_beams says whether there is a search; leave this out")
+        if (self.num_beams or 1) > 1 and (self.n or 1) > 1:
+            raise field_error("n", "should be 1 beside num_beams: a beam search gives one answer")
         return self
 
     @property
@@ -220,14 +225,6 @@ class ExplainRequest(ConversationRequest):
 TokenId = Annotated[int, Field(ge=0)]
 
 
-def _prompt_kind(value: Any) -> str:
-    """Return the tag of a prompt: a text, texts, token ids, or several of these."""
-    if not isinstance(value, list):
-        return "~string"
-    first = value[0] if value else ""
-    return "~texts" if isinstance(first, str) else "~lists" if isinstance(first, list) else "~ids"
-
-
 class CompletionRequest(GenerationRequest):
     prompt: Annotated[
         Annotated[str, Tag("~string")]
@@ -236,7 +233,7 @@ class CompletionRequest(GenerationRequest):
         | Annotated[
             list[Annotated[list[TokenId], Field(min_length=1)]], Field(max_length=MAX_ANSWERS), Tag("~lists")
         ],
-        Discriminator(_prompt_kind),
+        Discriminator(prompt_kind),
     ] = Field(description="Text as it is, without the model's template; or token ids; or a list of either.")
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = Field(None, description="Whether the answer begins with the prompt.")

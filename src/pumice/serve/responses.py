@@ -16,6 +16,7 @@ from pumice.serve.messages import (
     PartList,
     PartModel,
     RequestModel,
+    StreamOptions,
     TextOrList,
     TextPart,
     choice_tag,
@@ -28,7 +29,6 @@ from pumice.serve.protocol import (
     ChatRequest,
     HintedRequest,
     Limit,
-    StreamOptions,
     Temperature,
     TopP,
 )

@@ -156,7 +156,7 @@ class LocalTeacher:
 
     def check(self) -> None:
         """Raise InputError on options that sampling does not have; the model is opened when it is asked."""
-        from pumice.engine.sampling import SamplingParams
+        from pumice.engine.params import SamplingParams
 
         SamplingParams.of(self.options)
 

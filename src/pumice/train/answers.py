@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from pumice.engine.generate import generate
+from pumice.engine.params import SamplingParams
 from pumice.engine.requests import Prompt
-from pumice.engine.sampling import SamplingParams
 from pumice.model.packed import Run
 from pumice.processor import Sample
 from pumice.train.features import ImageInput

@@ -224,6 +224,14 @@ def test_ends_of_answers_come_from_generation_config(folder: Path) -> None:
     assert open_hf(folder).config.stop_token_ids == (4, 5, 8)
 
 
+def test_beams_of_generation_config_are_told(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"num_beams": 1, "early_stopping": true}')
+    before = open_hf(folder).notes
+    (folder / "generation_config.json").write_text('{"num_beams": 4, "early_stopping": true}')
+    told = "generation_config.json asks for num_beams 4, which is not read; ask with num_beams yourself"
+    assert open_hf(folder).notes == (told, *before)
+
+
 class Harmful:
     def __reduce__(self) -> tuple[object, tuple[Path]]:
         return (Path.touch, (Path("harm"),))

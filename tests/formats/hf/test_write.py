@@ -14,6 +14,7 @@ from PIL import Image
 
 from pumice.assistant import conversation_of, load
 from pumice.config import IMAGE_TOKEN, GenerationConfig
+from pumice.errors import InputError
 from pumice.formats.export import export
 from pumice.formats.hf.config import decoder_config
 from pumice.formats.hf.read import read_generation
@@ -145,6 +146,16 @@ def test_how_answers_are_drawn_comes_back(fields: dict[str, Any], models: Module
 def test_beams_beside_a_penalty_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"num_beams": 3, "repetition_penalty": 1.2}')
     assert read_generation(tmp_path) == GenerationConfig(repetition_penalty=1.2)
+
+
+@pytest.mark.parametrize("value", ["true", '"never"'])
+def test_another_end_of_a_search_is_refused(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text(f'{{"num_beams": 3, "early_stopping": {value}}}')
+    with pytest.raises(InputError, match=f"early_stopping is {value}; only false can be read"):
+        read_generation(tmp_path)
+    path.write_text(f'{{"early_stopping": {value}}}')  # which does nothing without beams
+    assert read_generation(tmp_path) == GenerationConfig()
 
 
 LLAVA_1 = "CLIP + Llama, linear, crop (LLaVA 1.0)"

@@ -134,6 +134,8 @@ def read_generation(folder: Path) -> GenerationConfig:
         if penalty != 1:  # Pumice's beam search has no penalty
             return GenerationConfig(repetition_penalty=penalty)
         beams, length_penalty = keys.get("num_beams", int, 1), keys.get("length_penalty", float, 1.0)
+        if beams > 1:  # Pumice's search ends as with false
+            keys.only("early_stopping", (False,), False)
         return GenerationConfig(num_beams=beams, length_penalty=length_penalty).used
     temperature, top_p = keys.get("temperature", float, 1.0), keys.get("top_p", float, 1.0)
     return GenerationConfig(temperature, top_p, keys.get("top_k", int, 50), penalty)

@@ -26,10 +26,14 @@ _MARKER = re.compile(r"<[^\s<>]+>")  # how tokens that end an answer are written
 
 @dataclass(frozen=True)
 class TextSide:
-    """A tokenizer's files. stop_ids: the tokens that end an answer, as the model's other files say."""
+    """A tokenizer's files. stop_ids: the tokens that end an answer, as the model's other files say.
+
+    notes: what these files say that is not read.
+    """
 
     files: TokenizerFiles
     stop_ids: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def tokenizer(self) -> tokenizers.Tokenizer:
@@ -66,7 +70,7 @@ class TextSide:
             stop_token_ids=tuple(dict.fromkeys((*self._stop_ids(), *stops))),
             bos_token_id=self.bos_id(described.writes_bos),
         )
-        return config, (*([note] if note else []), *self._unknown_tokens(chat))
+        return config, (*self.notes, *([note] if note else []), *self._unknown_tokens(chat))
 
     def parts(
         self, config: ModelConfig, state: LazyStateDict, notes: tuple[str, ...] = (), **more: Any
@@ -176,8 +180,14 @@ def read_text_side(folder: Path, config: Keys) -> TextSide:
     # generation_config.json overrides config.json, which overrides its text_config. Without any of them, the
     # tokenizer's eos token ends an answer.
     sources = [config, config.object("text_config")]
-    if (generation := folder / "generation_config.json").is_file():
-        sources.insert(0, Keys.of(generation))
+    notes: tuple[str, ...] = ()
+    if (path := folder / "generation_config.json").is_file():
+        generation = Keys.of(path)
+        sources.insert(0, generation)
+        if (beams := generation.values.get("num_beams")) not in (None, 1):
+            notes = (
+                f"{path.name} asks for num_beams {beams}, which is not read; ask with num_beams yourself",
+            )
     stop_ids: tuple[int, ...] = ()
     for keys in sources:
         if "eos_token_id" in keys and not stop_ids:
@@ -188,4 +198,4 @@ def read_text_side(folder: Path, config: Keys) -> TextSide:
                     f"{keys.label}: eos_token_id should be a number or a list of them, not {value!r}"
                 )
             stop_ids = tuple(ids)
-    return TextSide(read_tokenizer(folder), stop_ids)
+    return TextSide(read_tokenizer(folder), stop_ids, notes)

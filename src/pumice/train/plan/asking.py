@@ -24,8 +24,8 @@ from pumice.assistant import CHUNK_SHOWN
 from pumice.config import ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
 from pumice.conversation import Conversation, user_message
 from pumice.engine.engine import Engine
+from pumice.engine.params import SamplingParams
 from pumice.engine.requests import Prompt
-from pumice.engine.sampling import SamplingParams
 from pumice.errors import InputError
 from pumice.formats.load import find_device, usual_dtype
 from pumice.formats.quantize import can_quantize, kept_below
