@@ -201,6 +201,24 @@ def test_what_cannot_fit_is_refused_before_it_is_fetched(
     assert hub.sent == []
 
 
+def test_a_list_that_fails_once_is_asked_for_again(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("owner/model", folder)
+    monkeypatch.setattr(sizes, "free_on", lambda _: 1e6)
+    list_files, calls = HfFileSystem.ls, itertools.count()
+
+    def fail_once(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == 0:
+            raise ConnectionError("reset by peer")
+        return list_files(*arguments, **options)
+
+    monkeypatch.setattr(HfFileSystem, "ls", fail_once)
+    with pytest.raises(InputError, match="of memory are free"):
+        open_model("owner/model")
+    assert hub.weight_bytes() <= most_of_outline(folder)
+
+
 def test_the_first_model_of_an_empty_machine_is_fetched_once(hub: Hub, folder: Path) -> None:
     remote = hub.add("owner/model", folder)
     open_model("owner/model@main")

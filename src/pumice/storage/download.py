@@ -233,11 +233,15 @@ def _files_on_hub(name: str, revision: str | None) -> dict[str, int]:
 
     if constants.HF_HUB_OFFLINE:
         return {}
-    try:
-        listed: Any = HfFileSystem().ls(name, revision=revision, refresh=True)
-    except Exception:  # the kinds depend on the HTTP library that the client uses
-        return {}
-    return {Path(entry["name"]).name: int(entry["size"]) for entry in listed if entry["type"] == "file"}
+    for _ in range(2):  # without the list, nothing is refused before its download
+        try:
+            listed: Any = HfFileSystem().ls(name, revision=revision, refresh=True)
+        except FileNotFoundError:
+            return {}
+        except Exception:  # the kinds depend on the HTTP library that the client uses
+            continue
+        return {Path(entry["name"]).name: int(entry["size"]) for entry in listed if entry["type"] == "file"}
+    return {}
 
 
 def _holds_weights(folder: Path) -> bool:
