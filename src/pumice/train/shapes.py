@@ -150,8 +150,8 @@ def _previous_stage(model: Path, path: Path) -> tuple[Recipe, Path] | None:
             )
     if model.absolute().parent in runs:  # such as a mean of runs
         raise InputError(
-            f"{model} does not exist yet: a step before this recipe makes it; see the comments of {path.name} "
-            "or check the name"
+            f"{model} does not exist yet: a step before this recipe makes it; see the comments of "
+            f"{path.name} or check the name"
         )
     return None
 
