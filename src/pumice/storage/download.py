@@ -195,9 +195,13 @@ def model_from_hub(name: str) -> Path:
 
 
 def _fetch(name: str, files: Sequence[str], revision: str | None) -> Path:
-    """Return the snapshot folder with files of these names. Raises InputError as `model_from_hub` does."""
+    """Return the folder with files, or their outlines. Raises InputError as `model_from_hub` does."""
     sizes = _files_on_hub(name, revision)
-    _check_disk(name, sum(sizes.get(file, 0) for file in files if _in_cache(name, file, revision) is None))
+    here = {file: path for file in files if (path := _in_cache(name, file, revision)) is not None}
+    missing = {file: sizes.get(file, 0) for file in files if file not in here}
+    if missing and all(missing.values()) and (outlines := current_outlines()) is not None:
+        return outlines.stand_in(name, missing, here, _opener(name, revision))
+    _check_disk(name, sum(missing.values()))
     return from_hub(name, files, revision=revision)
 
 
