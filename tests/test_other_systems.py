@@ -26,7 +26,7 @@ LACKING = {"darwin": (LINUX_FUNCTIONS, ()), "win32": (LINUX_FUNCTIONS + UNIX_FUN
 SCRIPT = """
 # 1. Libraries, which know this system.
 import asyncio, ctypes, logging, os, pathlib, shutil, signal, socket, subprocess, sys, tempfile, types
-import huggingface_hub, numpy, PIL.Image, pydantic, safetensors.torch, tokenizers, torch
+import huggingface_hub, numpy, PIL.Image, psutil, pydantic, safetensors.torch, tokenizers, torch
 import starlette.applications, sysconfig, typer, uvicorn, zoneinfo
 
 sysconfig.get_config_vars()  # it keeps them
@@ -59,6 +59,7 @@ from pumice.cli import app
 from pumice.files import Lock, cache_folder, replacing, sync
 from pumice.serve.run import bind
 from pumice.serve.settings import ServerSettings
+from pumice.storage.memory import available_memory
 from pumice.stopping import limit_process
 
 app(["ask", picture, "What?", "--model", str(folder), "--max-new-tokens", "2"], standalone_mode=False)
@@ -69,6 +70,7 @@ with replacing(folder / "text") as file:
 sync(folder)
 with Lock(folder / "lock") as lock:
     assert lock.acquire()
+assert available_memory() > 0
 app(["doctor", "--json", "--no-test"], standalone_mode=False)
 print("\\nend", cache_folder())
 """

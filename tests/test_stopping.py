@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from pumice import stopping
-from pumice.stopping import at_signal, run_bounded
+from pumice.stopping import at_signal, run_bounded, signals_wait
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -38,6 +38,21 @@ def test_what_is_ignored_stays_ignored() -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     assert received == []
+
+
+def test_signals_may_wait_until_the_work_is_done() -> None:
+    done: list[str] = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), signals_wait():
+            with signals_wait():
+                signal.raise_signal(signal.SIGINT)
+                done.append("inner")
+            done.append("outer")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done == ["inner", "outer"]
 
 
 def test_other_threads_handle_no_signals() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,3 +39,38 @@ def test_beside_busy_programs_fewer_threads_compute(
     monkeypatch.setattr(threads_module, "usable_cores", lambda: 4)
     monkeypatch.setattr(threads_module, "busy_load", lambda: load)
     assert threads_module.fewer_threads(threads) == fewer
+
+
+ASKED = """
+import logging, os, sys
+import pumice.threads
+pumice.threads.busy_load = lambda: {load}
+{first}
+assert pumice.load and pumice.Assistant
+print(os.environ.get("OMP_WAIT_POLICY"))
+"""
+TORCH = "import torch; torch.set_num_threads(2); torch.cuda.is_available = lambda: False"
+
+
+@pytest.mark.parametrize(
+    ("first", "load", "given", "policy", "warnings"),
+    [
+        ("", 1e9, None, "PASSIVE", 0),
+        ("", 0.0, None, "None", 0),
+        ("", 1e9, "ACTIVE", "ACTIVE", 0),
+        (TORCH, 1e9, None, "None", 1),
+        (TORCH, 1e9, "ACTIVE", "ACTIVE", 0),
+    ],
+)
+def test_threads_of_python_sleep_beside_busy_programs(
+    first: str, load: float, given: str | None, policy: str, warnings: int
+) -> None:
+    """Looked at in a process of its own: OpenMP reads it as torch is imported."""
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", ASKED.format(first=first, load=load)],
+        env=environment | ({} if given is None else {"OMP_WAIT_POLICY": given}),
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == policy
+    assert done.stderr.count("OMP_WAIT_POLICY=PASSIVE is set before") == warnings

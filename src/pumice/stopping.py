@@ -70,6 +70,28 @@ def at_signal(act: Callable[[int], object] | None = None) -> Iterator[None]:
             signal.signal(handled, handler)
 
 
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """Let SIGINT and SIGTERM wait until the end of the context, for work that must not be done in part.
+
+    It must be short. In other threads than the main one, which alone handles signals, nothing changes.
+    """
+    received: list[int] = []
+    before: dict[int, Any] = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if callable(handler := signal.getsignal(number)):
+                    before[number] = handler
+                    signal.signal(number, lambda number, _: received.append(number))
+        yield
+    finally:
+        for handled, handler in before.items():
+            signal.signal(handled, handler)
+        for waited in received:
+            signal.raise_signal(waited)
+
+
 def limit_process(cpu_seconds: int, memory: int) -> None:
     """Bound this process's CPU time, and its address space in bytes, where the system can."""
     if sys.platform == "win32":

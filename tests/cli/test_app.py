@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,16 @@ def test_a_wrong_choice_is_told_in_plain_words(run: Any) -> None:
     assert result.exit_code == 2
     assert "'int5' is not one of 'auto', 'int8', 'int4', 'none'" in result.stderr
     assert "Value error" not in result.stderr
+
+
+def test_what_is_missing_is_told_with_what_to_give(run: Any) -> None:
+    for command, name, what in (
+        ("import", "DST", "The folder to write"),
+        ("check", "--against", "The other form"),
+    ):
+        result = run(command, "folder", model=False)
+        assert result.exit_code == 2
+        assert re.search(rf"Missing (argument|option) '{name}'\. {what}", result.stderr)
 
 
 def test_failed_work_is_status_1(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

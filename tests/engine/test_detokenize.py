@@ -68,7 +68,29 @@ def test_no_piece_holds_half_a_character(text: str) -> None:
     assert [piece for piece in pieces if piece] == list(text)
 
 
-@given(ids=st.lists(st.integers(0, len(ALPHABET) - 1), max_size=20))
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("first", [b"", b"\xe9"])
+@pytest.mark.parametrize("repeated", ["\ufffd".encode(), b"\xe9", "漢".encode()])
+def test_what_is_no_text_is_not_decoded_again_and_again(kind: str, first: bytes, repeated: bytes) -> None:
+    """U+FFFD itself, and the first of three bytes: alone, again and again, and before characters."""
+    tokenizer = TOKENIZERS[kind]
+    name = {"byte level": "{0:c}", "sentencepiece": "<0x{0:02X}>"}[kind]  # of the token of one of these bytes
+    ids = [tokenizer.token_to_id(name.format(byte)) for byte in first + repeated * 100]
+    decoded: list[int] = []
+
+    def decode(ids: Sequence[int]) -> str:
+        decoded.append(len(ids))
+        return tokenizer.decode(ids)
+
+    detokenizer = Detokenizer(decode)
+    text = "".join([*map(detokenizer.add, ids), detokenizer.finish()])
+    assert max(decoded) < 80
+    # SentencePiece writes U+FFFD for all bytes beside a wrong one, however many there are.
+    if kind == "byte level" or not first or repeated == first:
+        assert text == tokenizer.decode(ids)
+
+
+@given(ids=st.lists(st.integers(0, len(ALPHABET) - 1), max_size=60))
 def test_bytes_that_are_no_text_come_out_as_the_decoder_writes_them(ids: list[int]) -> None:
     tokenizer = TOKENIZERS["byte level"]
     assert "".join(stream(ids, tokenizer)) == tokenizer.decode(ids)

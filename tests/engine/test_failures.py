@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -175,6 +178,50 @@ def test_an_interrupted_step_is_done_again(kit: Kit, monkeypatch: pytest.MonkeyP
     while engine.step():
         pass
     assert [one.tokens for one in received] == [EXPECTED[None][n] for n in (0, 2)]
+
+
+def test_an_interruption_at_any_line_loses_no_token(kit: Kit) -> None:
+    """As Ctrl-C comes while tokens are chosen and delivered, and requests end."""
+    model = small_model()
+    prompts = [PROMPTS[0], kit.prompt(3, 4, max_new_tokens=4, temperature=1.0, seed=5), PROMPTS[2]]
+    names = ("_deliver_next_tokens", "_choose", "_finish", "_deliver")
+    lines = countdown = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal lines, countdown
+        if frame.f_code.co_filename != engine_module.__file__ or frame.f_code.co_name not in names:
+            return None if event == "call" else trace
+        lines += 1
+        countdown -= 1
+        if not countdown:
+            signal.raise_signal(signal.SIGINT)
+        return trace
+
+    def run(interrupted_at: int) -> list[list[int]]:
+        nonlocal countdown
+        engine = Engine(model)
+        received = [kit.submit(engine, prompt) for prompt in prompts]
+        countdown = interrupted_at
+        interrupted = False
+        before = signal.signal(signal.SIGINT, signal.default_int_handler), sys.gettrace()
+        sys.settrace(trace)
+        try:
+            while engine.step():
+                pass
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.settrace(before[1])
+            signal.signal(signal.SIGINT, before[0])
+        assert interrupted == bool(interrupted_at)
+        while engine.step():
+            check_owners(engine)
+        assert all(sum(delta.finish is not None for delta in one.deltas) == 1 for one in received)
+        return [one.tokens for one in received]
+
+    expected = run(0)
+    for line in range(1, lines + 1, 5):
+        assert run(line) == expected
 
 
 class Interrupts(list[Any]):

@@ -26,12 +26,15 @@ from safetensors.torch import load_file, save_file
 from pumice import InputError
 from pumice.formats import read, sizes
 from pumice.formats.export import export
+from pumice.formats.gguf import file as gguf_file
+from pumice.formats.gguf.file import GgufFile
 from pumice.formats.import_ import import_model
 from pumice.formats.load import open_model
-from pumice.formats.read import read_model, read_or_outline
+from pumice.formats.read import find_model, read_model, read_or_outline
 from pumice.formats.sizes import least_memory, weight_sizes
 from pumice.storage import download
 from pumice.storage.download import locate
+from pumice.storage.outline import ValuesNotHere, outlines
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import as_lazy, write_weights
 from pumice.train.plan import asking
@@ -39,7 +42,7 @@ from pumice.train.plan.asking import plan_ask
 
 CPU = torch.device("cpu")
 COMMIT = "c" * 40
-WEIGHTS = (".safetensors", ".bin")
+WEIGHTS = (".safetensors", ".bin", ".gguf")
 BLOCK = 1 << 10
 
 
@@ -199,6 +202,24 @@ def test_what_cannot_fit_is_refused_before_it_is_fetched(
     hub.sent.clear()
     open_model("owner/model", quantize="int4")
     assert hub.sent == []
+
+
+def test_a_list_that_fails_once_is_asked_for_again(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("owner/model", folder)
+    monkeypatch.setattr(sizes, "free_on", lambda _: 1e6)
+    list_files, calls = HfFileSystem.ls, itertools.count()
+
+    def fail_once(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == 0:
+            raise ConnectionError("reset by peer")
+        return list_files(*arguments, **options)
+
+    monkeypatch.setattr(HfFileSystem, "ls", fail_once)
+    with pytest.raises(InputError, match="of memory are free"):
+        open_model("owner/model")
+    assert hub.weight_bytes() <= most_of_outline(folder)
 
 
 def test_the_first_model_of_an_empty_machine_is_fetched_once(hub: Hub, folder: Path) -> None:
@@ -407,6 +428,50 @@ def test_of_gguf_only_what_is_named_is_fetched(
         assert mmproj is not None and (model.name, mmproj.name) == (names[1], names[2])
         assert model.read_bytes() == (made / names[1]).read_bytes()
     assert {Path(file).name for file, size in hub.sent if file and size} == {names[1], names[2]}
+
+
+@pytest.mark.parametrize("name", ["owner/model:Q8_0", "owner/model/m-Q8_0.gguf"])
+def test_a_plan_of_gguf_fetches_its_headers(
+    name: str, hub: Hub, models: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models.tiny(models.ARCHITECTURES["SigLIP + Qwen2, squash"])
+    export(model, "gguf", tmp_path / "made", kind="q8_0")
+    [decoder] = [path for path in (tmp_path / "made").glob("*.gguf") if "mmproj" not in path.name]
+    decoder.rename(decoder.with_name("m-Q8_0.gguf"))
+    remote = hub.add("owner/model", tmp_path / "made")
+    local = remote if ":" in name else remote / "m-Q8_0.gguf"
+    monkeypatch.setattr(gguf_file, "_HEADER_PARTS", (1 << 10, 1 << 15, 1 << 20))
+    loaded, missing = read_or_outline(name)
+    assert missing == sum(
+        path.stat().st_size for path in (remote.glob("*.gguf") if local == remote else [local])
+    )
+    whole = read_model(local)
+    assert all_sizes(loaded) == all_sizes(whole)
+    assert loaded.config == whole.config
+    assert 0 < hub.weight_bytes() < missing
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.gguf"))
+    monkeypatch.setattr(asking, "time_answer", lambda *_: (1.0, 0.5))
+    assert [cost.memory for cost in plan_ask(name, "cpu").costs] == [
+        cost.memory for cost in plan_ask(str(local), "cpu").costs
+    ]
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.gguf"))
+    # A small tensor, such as the divisors of frequencies, can be read.
+    with outlines():
+        file, there = GgufFile(find_model(name)), GgufFile(remote / "m-Q8_0.gguf")
+        assert torch.equal(file.tensor("output_norm.weight"), there.tensor("output_norm.weight"))
+        monkeypatch.setattr(gguf_file, "_SMALL_TENSOR", 16)
+        with pytest.raises(ValuesNotHere):
+            file.tensor("output_norm.weight")
+    # What does not fit is refused before it is fetched.
+    monkeypatch.setattr(sizes, "free_on", lambda _: 1e6)
+    hub.sent.clear()
+    with pytest.raises(InputError, match=r"without quantisation needs .* of memory are free"):
+        open_model(name, quantize=None)
+    assert hub.weight_bytes() < missing
+    # Matrices in few bits are mapped from a copy: they need no memory of their own.
+    monkeypatch.setattr(sizes, "free_on", lambda _: None)
+    open_model(name, quantize="int8")
+    assert read_or_outline(name)[1] == 0
 
 
 def test_two_copies_of_weights_are_compared_once_they_are_fetched(hub: Hub, folder: Path) -> None:

@@ -57,6 +57,11 @@ def test_end_to_end(build: ModuleType, tmp_path: Path) -> None:
         build.build(tmp_path / "photos", out, seed=5, composites={"train": 6, "val": 2}, validation=6)
     first, second = (read_all(out) for out in outs)
     assert first == second  # the seed decides everything
+    asked = [
+        {e["conversations"][0]["value"] for e in first[f"{part}/text_only.jsonl"]}
+        for part in ("train", "val")
+    ]
+    assert not asked[0] & asked[1]
     held = {entry["image"] for entry in json.loads((outs[0] / "val" / "captions.json").read_text())}
     assert len(held) == 6
     ids: set[str] = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections import Counter
 from pathlib import Path
@@ -203,6 +204,35 @@ def test_arithmetic_is_right(rows: Any) -> None:
                 assert right == result
                 checked += 1
     assert checked > 30
+
+
+def test_held_out_questions_without_a_picture_are_not_those_of_training(rows: Any) -> None:
+    def questions(entries: list[Any]) -> set[str]:
+        phrase = rows.base.SINGLE_PHRASE
+        turns = [turn["value"].replace(phrase, "") for e in entries for turn in e["conversations"][::2]]
+        return {turn.lower().rstrip("?.") for turn in turns}
+
+    train = rows.text_only.text_rows(0, "train", 900)
+    held_out = rows.text_only.text_rows(0, "val", 60, train)
+    assert len(held_out) == 60
+    assert not questions(train) & questions(held_out)
+    assert questions(train) & questions(rows.text_only.text_rows(0, "val", 60))
+
+
+def test_casual_questions_keep_the_mark_within(rows: Any) -> None:
+    question, dice = "Is it a dog? Or what is it?", random.Random(0)
+    assert {rows.base.casual(question, dice) for _ in range(300)} == {
+        question, "is it a dog? Or what is it?", "Is it a dog? Or what is it", "is it a dog? Or what is it",
+    }  # fmt: skip
+
+
+def test_things_that_a_photograph_may_show_too_are_not_counted(rows: Any) -> None:
+    composites = rows.composites
+    for name, plain, counted in (("zebra", False, 0), ("zebra", True, 1), ("star", False, 1)):
+        thing = composites.Thing(name, "red", Image.new("RGBA", (4, 4)))
+        scene = composites.Scene("x.jpg", "count", (composites.Placed(thing, 9, 9),), plain)
+        turns = rows.scene_rows.scene_turns(scene, [thing], seed=3)["counting"]
+        assert sum(name in question for question, _ in turns) == counted
 
 
 def test_position_answers_agree_with_the_picture(rows: Any, tmp_path: Path) -> None:

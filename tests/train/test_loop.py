@@ -363,6 +363,21 @@ def test_a_signal_before_the_first_step_leaves_nothing(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_refused_run_leaves_no_empty_cache(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise InputError("the disk is full")
+
+    path = make_recipe(feature_cache=str(tmp_path / "cache"))
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="the disk is full"):
+        patch.setattr(loop, "preflight", refuse)
+        run(path)
+    assert not (tmp_path / "cache").exists()
+    run(path)
+    assert (tmp_path / "cache" / "keys.txt").stat().st_size
+
+
 def test_two_runs_do_not_share_an_output_folder(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     lock = hold(tmp_path / "run" / ".lock", "here")

@@ -111,7 +111,7 @@ def casual(question: str, random_: random.Random) -> str:
     if roll < 0.06:
         return question[:1].lower() + question[1:]
     if roll < 0.12:
-        return question.replace("?", "", 1) if question.endswith("?") else question
+        return question.removesuffix("?")
     if roll < 0.16:
         lowered = question[:1].lower() + question[1:]
         return lowered.removesuffix("?").removesuffix(".")

@@ -36,7 +36,11 @@ def scene_turns(scene: Scene, things: Sequence[Thing], seed: int) -> dict[str, l
         "naming": [],
     }
     if scene.arrangement == "count":
-        turns["counting"] = [_how_many(name, number, random_) for name, number in _numbers(names).items()]
+        turns["counting"] = [
+            _how_many(name, number, random_)
+            for name, number in _numbers(names).items()
+            if scene.plain or name in SHAPES  # the photograph may show more of a real thing
+        ]
         if scene.plain and random_.random() < 0.3:
             turns["counting"].append(_how_many("object", len(names), random_))
     elif scene.arrangement == "single":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from rows.base import SINGLE_PHRASE, Row, capital, casual, rng, row, table, with_article
 
@@ -206,19 +206,25 @@ MAKERS: tuple[tuple[Maker, float], ...] = (
 )
 
 
-def text_rows(seed: int, part: str, number: int) -> list[Row]:
-    """Different rows; the same question never comes twice."""
+def _question(text: str) -> str:
+    """A question without what may differ between two forms of the same one."""
+    return text.replace(SINGLE_PHRASE, "").lower().rstrip("?.")
+
+
+def text_rows(seed: int, part: str, number: int, learned: Iterable[Row] = ()) -> list[Row]:
+    """Different rows; the same question never comes twice, and none of the rows `learned` comes at all."""
     random_ = rng(seed, "text", part)
     makers = [maker for maker, _ in MAKERS]
     weights = [weight for _, weight in MAKERS]
     rows: list[Row] = []
     questions: set[str] = set()
+    known = {_question(turn["value"]) for entry in learned for turn in entry["conversations"][::2]}
     for _ in range(number * 40):
         if len(rows) == number:
             break
         turns = random_.choices(makers, weights)[0](random_)
         key = turns[0][0].lower().rstrip("?.") + (turns[1][0].lower() if len(turns) > 1 else "")
-        if key not in questions:
+        if key not in questions and not any(_question(question) in known for question, _ in turns):
             questions.add(key)
             rows.append(row(f"text-{part}-{len(rows)}", None, turns))
     return rows

@@ -53,6 +53,8 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except typer.BadParameter as error:
             error.message = error.message.replace("Value error, ", "")  # a mark of pydantic's
+            if not error.message:  # an argument is missing: say what to give
+                error.message = getattr(error.param, "help", None) or ""
             raise
         except InputError as error:
             raise self._end(str(error), 2) from error

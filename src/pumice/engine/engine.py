@@ -34,6 +34,7 @@ from pumice.model.cache import BLOCK, KVCache, Segment
 from pumice.model.finite import finite_rows, why_not_finite
 from pumice.model.llava import Llava
 from pumice.model.transfer import numbers_on, to_device
+from pumice.stopping import signals_wait
 
 _LOG = logging.getLogger(__name__)
 NOT_FINITE = -1  # in place of a token, where its logits are no numbers
@@ -361,8 +362,7 @@ class Engine:
 
     def _choose(self, requests: list[Request], logits: Tensor) -> list[int | Exception]:
         """Return the next token of each request, from logits (R, V), or the exception that prevented it."""
-        # 1. Ask the constraints which tokens they allow. One that fails, such as one that is too complex,
-        #    ends only its own request.
+        # 1. Ask the constraints which tokens they allow. One that fails ends only its own request.
         failed: dict[int, Exception] = {}
         allowed: list[Tensor | None] = [None] * len(requests)
         for row, request in enumerate(requests):
@@ -391,6 +391,7 @@ class Engine:
                     failed[row] = error
         return [failed.get(row, token) for row, token in enumerate(tokens)]
 
+    @signals_wait()  # a token that is chosen is delivered
     def _deliver_next_tokens(self, plan: Plan, logits: Tensor) -> None:
         """Choose the next tokens and deliver them to their requests."""
         due = [request for request, _ in plan if request.remaining == 0]
@@ -420,6 +421,7 @@ class Engine:
             self._not_finite = why_not_finite(self.model)
         return self._not_finite
 
+    @signals_wait()
     def _finish(
         self,
         request: Request,
@@ -443,5 +445,5 @@ class Engine:
         try:
             request.deliver(delta)
         except Exception:  # a fault in the caller's function must not stop other requests
-            logging.getLogger("pumice").exception("the function that receives a request's tokens failed")
+            _LOG.exception("the function that receives a request's tokens failed")
             request.cancelled = True

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pumice.engine.requests import Delta, Finish
 
 _REPLACEMENT = "\ufffd"  # stands for bytes that are not a complete character
+_MOST_MISSING = 3  # bytes, and so tokens, that may complete a character of UTF-8
+_MOST_HELD = 32  # tokens before these: SentencePiece writes U+FFFD for all bytes beside a wrong one
 
 
 class Detokenizer:
@@ -36,21 +38,38 @@ class Detokenizer:
         """Add a token. Return the text that is now certain: often "", and nothing after a stop string."""
         self._ids.append(token)
         text = self.decode(self._ids[self._context_start :])
-        return "" if text.endswith(_REPLACEMENT) else self._release(text)
+        if not text.endswith(_REPLACEMENT):
+            return self._release(text, len(self._ids))
+        # Only the last tokens may belong to a character that is not complete. What stands before them is no
+        # text, or U+FFFD itself: held back, it would be decoded again with every token.
+        end = len(self._ids) - _MOST_MISSING
+        if (held := end - self._decoded) > 0:
+            before = self.decode(self._ids[self._context_start : end])
+            longer = [
+                self._length(self._context_start, n) - len(before) - self._length(end, n)
+                for n in range(end + 1, len(self._ids) + 1)
+            ]
+            # Two parts of a character are longer than the character.
+            if min(longer) >= 0 and (longer[-1] == 0 or held > _MOST_HELD):
+                return self._release(before, end)
+        return ""
+
+    def _length(self, start: int, end: int) -> int:
+        return len(self.decode(self._ids[start:end]))
 
     def finish(self) -> str:
         """Return the text that was held back, after the last token."""
-        text = self._release(self.decode(self._ids[self._context_start :])) + self._held
+        text = self._release(self.decode(self._ids[self._context_start :]), len(self._ids)) + self._held
         self._held = ""
         return text
 
-    def _release(self, decoded: str) -> str:
-        """Return the part of the new text that is certain; hold back the rest."""
+    def _release(self, decoded: str, end: int) -> str:
+        """Return the part of the text up to the token `end` that is new and certain; hold back the rest."""
         if self.stopped:
             return ""
         # 1. The new text is what follows the piece that was returned last.
-        self._held += decoded[len(self.decode(self._ids[self._context_start : self._decoded])) :]
-        self._context_start, self._decoded = self._decoded, len(self._ids)
+        self._held += decoded[self._length(self._context_start, self._decoded) :]
+        self._context_start, self._decoded = self._decoded, end
         # 2. Leave out the format's text before the answer, once it is clear whether it is there.
         if len(self._held) < len(self._prefix) and self._prefix.startswith(self._held):
             return ""

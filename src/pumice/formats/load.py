@@ -91,7 +91,10 @@ def open_model(
         # Refuse what will not fit before it is fetched, as `build` does.
         kind = _kind(loaded, quantize, device)
         held = torch.float32 if kind is not None and device.type == "cpu" else dtype
-        check_memory(loaded, str(source), kind, device, held, cache_tokens)
+        # Matrices of a GGUF file are mapped from a copy in the cache, which a CPU may have no memory for.
+        is_mapped = device.type == "cpu" and kind is not None and loaded.sources["model"][1].suffix == ".gguf"
+        if not is_mapped:
+            check_memory(loaded, str(source), kind, device, held, cache_tokens)
         loaded = read_model(source, template=template, tower=tower, base=base, mmproj=mmproj)
     return build(
         loaded, str(source), device, dtype, merge=merge, quantize=quantize,

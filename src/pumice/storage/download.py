@@ -195,9 +195,13 @@ def model_from_hub(name: str) -> Path:
 
 
 def _fetch(name: str, files: Sequence[str], revision: str | None) -> Path:
-    """Return the snapshot folder with files of these names. Raises InputError as `model_from_hub` does."""
+    """Return the folder with files, or their outlines. Raises InputError as `model_from_hub` does."""
     sizes = _files_on_hub(name, revision)
-    _check_disk(name, sum(sizes.get(file, 0) for file in files if _in_cache(name, file, revision) is None))
+    here = {file: path for file in files if (path := _in_cache(name, file, revision)) is not None}
+    missing = {file: sizes.get(file, 0) for file in files if file not in here}
+    if missing and all(missing.values()) and (outlines := current_outlines()) is not None:
+        return outlines.stand_in(name, missing, here, _opener(name, revision))
+    _check_disk(name, sum(missing.values()))
     return from_hub(name, files, revision=revision)
 
 
@@ -233,11 +237,15 @@ def _files_on_hub(name: str, revision: str | None) -> dict[str, int]:
 
     if constants.HF_HUB_OFFLINE:
         return {}
-    try:
-        listed: Any = HfFileSystem().ls(name, revision=revision, refresh=True)
-    except Exception:  # the kinds depend on the HTTP library that the client uses
-        return {}
-    return {Path(entry["name"]).name: int(entry["size"]) for entry in listed if entry["type"] == "file"}
+    for _ in range(2):  # without the list, nothing is refused before its download
+        try:
+            listed: Any = HfFileSystem().ls(name, revision=revision, refresh=True)
+        except FileNotFoundError:
+            return {}
+        except Exception:  # the kinds depend on the HTTP library that the client uses
+            continue
+        return {Path(entry["name"]).name: int(entry["size"]) for entry in listed if entry["type"] == "file"}
+    return {}
 
 
 def _holds_weights(folder: Path) -> bool:

@@ -1,8 +1,7 @@
-"""How much memory this machine, or its container, has and has free."""
+"""How much memory this machine, or its container, has free."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,22 +12,19 @@ if TYPE_CHECKING:
 GB = 1e9
 
 
-def ram(root: Path = Path("/")) -> tuple[int, int | None]:
-    """Return (total, available) memory in bytes. Available is None where the system does not report it.
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Return the bytes that a new process could use; None where the system does not report them.
 
     Pages that only cache files count as available: the system gives them up when they are needed.
     """
     sizes = {name: kb * 1024 for name, kb in _numbers(root / "proc/meminfo", ":").items()}
     if "MemTotal" not in sizes:
-        if not hasattr(os, "sysconf"):
-            return 0, None
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), None
-    total, free = sizes["MemTotal"], sizes.get("MemAvailable", sizes["MemFree"])
+        return _available_elsewhere()
+    free = sizes.get("MemAvailable", sizes["MemFree"])
     # A container, a job or a service may use less than the machine has.
     for group, limit, used in _groups(root):
         limit_bytes, used_bytes = _number(group / limit), _number(group / used)
         if limit_bytes is not None and limit_bytes < sizes["MemTotal"]:
-            total = min(total, limit_bytes)
             stat = _numbers(group / "memory.stat", " ")
             cached = stat.get("inactive_file", 0) + stat.get("active_file", 0)
             left = limit_bytes if used_bytes is None else limit_bytes - max(0, used_bytes - cached)
@@ -37,7 +33,16 @@ def ram(root: Path = Path("/")) -> tuple[int, int | None]:
     if (addresses := _address_limit()) is not None:
         used_addresses = _numbers(root / "proc/self/status", ":").get("VmSize", 0) * 1024
         free = min(free, addresses - used_addresses)
-    return total, max(0, free)
+    return max(0, free)
+
+
+def _available_elsewhere() -> int | None:
+    """Return the available memory of macOS and Windows, which have no /proc."""
+    try:
+        import psutil
+    except ImportError:  # on Linux it is no requirement
+        return None
+    return int(psutil.virtual_memory().available)
 
 
 def _groups(root: Path) -> Iterator[tuple[Path, str, str]]:
@@ -67,11 +72,6 @@ def _address_limit() -> int | None:
         return None
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     return None if limit == resource.RLIM_INFINITY else limit
-
-
-def available_memory() -> float | None:
-    """Return the bytes that a new process could use; None where the system does not report them."""
-    return ram()[1]
 
 
 def free_on(device: torch.device) -> float | None:

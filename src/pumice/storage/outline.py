@@ -2,7 +2,8 @@
 
 An outline is a folder with the model's small files. In place of a file of weights there is JSON of the same
 name, {tensor: [type, shape]} with safetensors' names of types, or null where only the whole file says them.
-`tensors.open_file` opens it; values of its tensors cannot be read.
+`tensors.open_file` opens it; values of its tensors cannot be read. A GGUF file has its first bytes there, and
+its reader fetches the parts that it wants (`RemoteFile`).
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import struct
 import tempfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,18 +48,54 @@ class ValuesNotHere(Exception):
     """A tensor of an outline was read, or a file without an outline: the weights must be fetched first."""
 
 
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file on the hub that is read in parts. size: its bytes. opener: opens it for reading."""
+
+    size: int
+    opener: Callable[[], Any]
+
+    def read(self, start: int, count: int) -> bytes:
+        """Fetch `count` bytes from `start` on, fewer at its end. Raises ValuesNotHere if that fails."""
+        try:
+            with self.opener() as file:
+                file.seek(start)
+                return bytes(file.read(count))
+        except Exception as error:  # the kinds depend on the HTTP library
+            raise ValuesNotHere("a file of this model") from error
+
+
 class Outlines:
     """The outlines of one reading. missing: bytes of weights that they stand for and that are not here."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         """stack: removes the folder when it is closed."""
         self.missing = 0
+        self.remote: dict[Path, RemoteFile] = {}  # what a file stands for
         self._stack = stack
 
     @cached_property
     def folder(self) -> Path:
         """The folder that holds them, made on first use: most models need none."""
         return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="pumice-outlines-")))
+
+    def stand_in(
+        self, name: str, missing: Mapping[str, int], here: Mapping[str, Path], opener: Callable[[str], Any]
+    ) -> Path:
+        """Return a folder with files that stand for GGUF files of a repository, which are read in parts.
+
+        missing: file -> its bytes on the hub, where `opener` opens it. here: file -> its path.
+        """
+        folder = self.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        self.missing += sum(size for file, size in missing.items() if folder / file not in self.remote)
+        for file, size in missing.items():
+            self.remote[folder / file] = RemoteFile(size, partial(opener, file))
+        for file, path in here.items():
+            self.remote[folder / file] = RemoteFile(path.stat().st_size, partial(path.open, "rb"))
+        for path in self.remote:
+            path.write_bytes(b"GGUF")  # by which the kind of a file is known
+        return folder
 
 
 _CURRENT: ContextVar[Outlines | None] = ContextVar("outlines", default=None)
@@ -92,6 +130,12 @@ def write_outline(
         shutil.copyfile(path, folder / path.name)
     for name in weights:
         (folder / name).write_text(json.dumps(_fetch_entries(name, opener)), encoding="utf-8")
+
+
+def remote_file(path: Path) -> RemoteFile | None:
+    """Return the file on the hub that a file of an outline stands for, if it is read in parts."""
+    current = current_outlines()
+    return None if current is None else current.remote.get(path)
 
 
 def is_outline(path: Path) -> bool:

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -159,6 +160,7 @@ class FeatureCache:
     """
 
     def __init__(self, folder: Path, fingerprint: str, features: int, width: int) -> None:
+        self._folder, self._is_new = folder, not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = hold(folder / ".lock", f"using the cache of features {folder}")
         self.shape = (features, width)
@@ -188,7 +190,10 @@ class FeatureCache:
         self._unsynced: list[_Entry] = []
 
     def close(self) -> None:
+        """Unlock the folder for other runs. One that is new and still empty, as of a refused run, goes."""
         self.flush()
+        if self._is_new and not self._entries:
+            shutil.rmtree(self._folder, ignore_errors=True)
         self._lock.release()
 
     def __contains__(self, key: str) -> bool:

@@ -130,15 +130,17 @@ def check_base(recipe: Recipe, path: str | Path) -> None:
 def _previous_stage(model: Path, path: Path) -> tuple[Recipe, Path] | None:
     """Return the recipe in the same folder whose finished model is `model`, and its path.
 
-    Raises InputError if `model` is the output folder of one, beside its model.
+    Raises InputError if `model` is the output folder of one, beside its model, or lies beside such folders.
     """
+    runs = set()
     for other in sorted(path.parent.glob("*.y*ml")):
-        if other.resolve() == path.resolve():
-            continue
         try:
             candidate = load_recipe(other)
         except InputError:
             continue  # a file beside this recipe need not be a valid recipe
+        runs.add(candidate.output.absolute().parent)
+        if other.resolve() == path.resolve():
+            continue
         finished = candidate.output / "model"
         if finished.absolute() == model.absolute():
             return candidate, other
@@ -146,6 +148,11 @@ def _previous_stage(model: Path, path: Path) -> tuple[Recipe, Path] | None:
             raise InputError(
                 f"{model} does not exist yet: {other.name} writes its model into {finished}; use that"
             )
+    if model.absolute().parent in runs:  # such as a mean of runs
+        raise InputError(
+            f"{model} does not exist yet: a step before this recipe makes it; see the comments of "
+            f"{path.name} or check the name"
+        )
     return None
 
 

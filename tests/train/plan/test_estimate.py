@@ -229,6 +229,13 @@ def test_a_model_that_another_recipe_has_still_to_write(
     for use in (run, lambda path: plan(load_recipe(path), path)):
         with pytest.raises(InputError, match=r"first\.yaml writes its model into runs/first/model; use that"):
             use(second)
+    # What lies beside the folders of runs is made between them, such as a mean of models.
+    second = make_recipe("second", model="runs/mean")
+    for use in (run, lambda path: plan(load_recipe(path), path)):
+        with pytest.raises(
+            InputError, match=r"a step before this recipe makes it; .* of second\.yaml or check"
+        ):
+            use(second)
 
 
 def test_memory_that_cannot_do_is_refused_before_weights_are_read(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pumice.errors import InputError
 from pumice.formats.gguf.metadata import check_metadata
+from pumice.storage.outline import RemoteFile, ValuesNotHere, remote_file
 
 # Type numbers of metadata values: of scalars with their struct codes, of strings and arrays.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -32,6 +33,9 @@ _STRING, _ARRAY = 8, 9
 PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16, 26: torch.int32, 27: torch.int64}
 _MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
 _LARGEST_HEADER = 1 << 27  # bytes; real ones have up to some 30 MB. A list takes 16 times its bytes in memory
+# Bytes of a file on the hub that are fetched for its header, first; and of a tensor that is read there.
+_HEADER_PARTS = (1 << 20, 1 << 23, _LARGEST_HEADER)
+_SMALL_TENSOR = 1 << 16
 _CHUNK = 1 << 13  # blocks dequantised at a time: 1 MB of values, which stays in the processor's cache
 
 
@@ -58,16 +62,21 @@ class GgufFile:
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
+        self._remote = remote_file(self.path)
         try:
-            with self.path.open("rb") as file:
-                if file.read(4) != b"GGUF":
-                    raise InputError(f"{self.path} is not a GGUF file: it does not begin with 'GGUF'")
-                # Only the header is mapped: reading tensors is several times faster than faulting them in.
-                size = os.fstat(file.fileno()).st_size
-                header = min(size, _LARGEST_HEADER)
-                with mmap.mmap(file.fileno(), header, access=mmap.ACCESS_READ) as mapped:
-                    self.metadata, self.infos = self._header(mapped)
-                complete = all(info.offset + info.size <= size for info in self.infos.values())
+            if self._remote is not None:
+                size = self._remote.size
+                self._fetch_header(self._remote)
+            else:
+                with self.path.open("rb") as file:
+                    # Only the header is mapped: reading tensors is far faster than faulting them in.
+                    size = os.fstat(file.fileno()).st_size
+                    if size == 0:
+                        raise self._no_gguf()
+                    header = min(size, _LARGEST_HEADER)
+                    with mmap.mmap(file.fileno(), header, access=mmap.ACCESS_READ) as mapped:
+                        self.metadata, self.infos = self._header(mapped)
+            complete = all(info.offset + info.size <= size for info in self.infos.values())
         except OSError as error:
             raise InputError(f"cannot read the GGUF file {self.path}: {error.strerror}") from error
         except (struct.error, OverflowError, UnicodeDecodeError) as error:
@@ -101,6 +110,10 @@ class GgufFile:
         return self._bytes(info).view(info.shape[0], -1, _block_size(info.kind)[1])
 
     def _bytes(self, info: TensorInfo) -> Tensor:
+        if self._remote is not None:
+            if info.size > _SMALL_TENSOR:
+                raise ValuesNotHere(self.path.name)
+            return torch.frombuffer(bytearray(self._remote.read(info.offset, info.size)), dtype=torch.uint8)
         raw = np.fromfile(self.path, dtype=np.uint8, count=info.size, offset=info.offset)
         if len(raw) != info.size:
             raise self._damaged()
@@ -109,7 +122,23 @@ class GgufFile:
     def _damaged(self) -> InputError:
         return InputError(f"the GGUF file {self.path} is damaged or cut short; fetch it again")
 
-    def _header(self, mapped: mmap.mmap) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    def _no_gguf(self) -> InputError:
+        return InputError(f"{self.path} is not a GGUF file: it does not begin with 'GGUF'")
+
+    def _fetch_header(self, remote: RemoteFile) -> None:
+        """Fetch as much of the file's beginning as its header takes."""
+        for count in _HEADER_PARTS:
+            data = remote.read(0, count)
+            try:
+                self.metadata, self.infos = self._header(data)
+                return
+            except (struct.error, UnicodeDecodeError):  # it is longer, or damaged
+                if len(data) < count or count == _HEADER_PARTS[-1]:
+                    raise
+
+    def _header(self, mapped: mmap.mmap | bytes) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+        if mapped[:4] != b"GGUF":
+            raise self._no_gguf()
         cursor = _Cursor(mapped, 4)
         version = cursor.scalar("I")
         if version not in (2, 3):
@@ -146,7 +175,7 @@ class GgufFile:
 class _Cursor:
     """Read little-endian values one after another."""
 
-    def __init__(self, buffer: mmap.mmap, position: int) -> None:
+    def __init__(self, buffer: mmap.mmap | bytes, position: int) -> None:
         self.buffer, self.position = buffer, position
 
     def scalar(self, code: str) -> Any:
@@ -166,6 +195,8 @@ class _Cursor:
             position += 8
             texts.append(buffer[position : position + length].decode())
             position += length
+        if position > len(buffer):
+            raise struct.error("a text is cut short")
         self.position = position
         return texts
 
