@@ -98,18 +98,23 @@ def test_equals_the_modules_in_fp32(more: dict[str, Any], weights: str) -> None:
     # prompts among answers
     segments = [segment._replace(new=1 + n % 3) for n, segment in enumerate(segments)]
     same, _ = filled(decoder)
-    wide = KVCache(decoder.config, cache.capacity, CPU, decoder.cache_dtype, cache.block)
-    wide.keys.copy_(same.keys)
-    wide.values.copy_(same.values)
     x = decoder.embed(torch.arange(sum(segment.new for segment in segments)) * 3)
     due = [0, 2, 5, 12]
     actual = ready(decoder, cache).logits(x, segments, due)
-    hidden = decoder(x[None], wide.positions(segments), wide.attend(segments))[0]
-    expected = decoder.logits(hidden[due])
+    # Weights in fp32 are compared with float64: PyTorch's own fp32 is off by up to 2.9e-6 on some processors.
+    modules, dtype = (
+        (decoder.double(), torch.float64) if weights == "fp32" else (decoder, decoder.cache_dtype)
+    )
+    wide = KVCache(decoder.config, cache.capacity, CPU, dtype, cache.block)
+    wide.keys.copy_(same.keys)
+    wide.values.copy_(same.values)
+    x = x.to(torch.float64) if weights == "fp32" else x
+    hidden = modules(x[None], wide.positions(segments), wide.attend(segments))[0]
+    expected = modules.logits(hidden[due])
     errors = (actual - expected).abs().amax(-1) / expected.abs().max()
     print(f"{weights} {more}: {errors.max():.1e}")
-    # measured worst: 2.2e-6 in fp32, 3e-7 else; keys and values in bfloat16 may round to the next number
-    tolerance, cache_tolerance = (3e-6, 3e-6) if weights == "fp32" else (1e-5, 6e-3)
+    # measured worst: 8e-7 in fp32, 3e-7 else; keys and values in bfloat16 may round to the next number
+    tolerance, cache_tolerance = (2e-6, 2e-6) if weights == "fp32" else (1e-5, 6e-3)
     # An activation between two numbers of 8 bits may round to the other, once in some 100 rows. Its row is
     # then off by 2 %, and so may be what follows in its sequence, but nothing in another one.
     owners = [n for n, segment in enumerate(segments) for _ in range(segment.new)]
