@@ -42,6 +42,8 @@ class BeamSearch:
     def __init__(self, request: Request, stops: Collection[int]) -> None:
         self.request, self._stops = request, stops
         self._width = request.prompt.num_beams
+        # Continuations that a step looks at: enough where all stop tokens are among them.
+        self._count = max(2, 1 + len(stops)) * self._width
         self._state = _State([request], [0.0], [])
         # The likeliest tokens after hypotheses that were computed, by their place, and the log-probabilities.
         self._likeliest: dict[int, tuple[list[int], list[float]]] = {}
@@ -52,9 +54,7 @@ class BeamSearch:
 
     def add(self, hypothesis: Request, logits: Tensor) -> bool:
         """Take the logits (V,) after a hypothesis. Return whether those of all are there."""
-        # As many tokens as may be needed if all that end an answer are among them. Of those that complete a
-        # stop text, as many as transformers looks at.
-        count = min(max(2, 1 + len(self._stops)) * self._width, len(logits))
+        count = min(self._count, len(logits))
         best = logits.float().log_softmax(-1).topk(count)
         self._likeliest[self.hypotheses.index(hypothesis)] = best.indices.tolist(), best.values.tolist()
         return len(self._likeliest) == len(self.hypotheses)
@@ -62,13 +62,14 @@ class BeamSearch:
     def advance(self) -> Ended | None:
         """Choose the next hypotheses, or return the answer."""
         parents, sums, ended = self._state
-        # 1. Sort all continuations.
+        # 1. Sort all continuations. Where stop texts end more of the first, fewer hypotheses go on, or none.
         continued = [
             (sums[place] + logprob, place, token)
             for place, likeliest in self._likeliest.items()
             for token, logprob in zip(*likeliest, strict=True)
         ]
         continued.sort(key=lambda one: -one[0])
+        del continued[self._count :]
         # 2. The best go on. Those that end the answer count only if they are among the first `num_beams`.
         #    Where no cell is left, all of these end it.
         divisor = (len(parents[0].tokens) + 1) ** self.request.prompt.params.length_penalty
