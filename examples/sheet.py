@@ -2,8 +2,8 @@
 
     python examples/sheet.py
 
-The model answers all questions but one well; that one is marked. The answers are as they come. Run it again
-when the model changes, and look at what is marked.
+The model answers four questions well and two wrongly; these are marked. The answers are as they come. Run it
+again when the model changes, and look at what is marked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 TARGET = HERE.parent / "docs" / "assets" / "answers.jpg"
 QUESTIONS = (
     ("dog.jpg", "Where is the dog?", ""),
-    ("horses.jpg", "What colour is the sky?", ""),
+    ("horses.jpg", "What animals are these?", "Wrong: horses."),
     ("kitten.jpg", "What animal is this?", ""),
     ("spaniels.jpg", "How many dogs are there?", "Wrong: two."),
     ("musicians.jpg", "What is happening here?", ""),

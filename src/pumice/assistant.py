@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -171,7 +171,7 @@ class Assistant:
     def stream(
         self,
         messages: Conversation | Sequence[Message | Mapping[str, Any]],
-        *more: NoReturn,
+        *,
         schema: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> Reply:
@@ -182,9 +182,7 @@ class Assistant:
         The last message is the user's. schema: a JSON Schema that the answer follows, unless max_new_tokens
         cuts it off. Wrong input raises InputError at once, not when the first piece is taken.
         """
-        # More than messages, as of `ask`, are refused in words.
-        conversation = conversation_of((messages, *more) if more else messages)  # type: ignore[arg-type]
-        return self._reply(self.prompt(conversation, schema=schema, **sampling))
+        return self._reply(self.prompt(conversation_of(messages), schema=schema, **sampling))
 
     def ask_many(
         self,
@@ -240,7 +238,7 @@ class Assistant:
                     if isinstance(row, InputError):
                         raise row
                     if not isinstance(row, list | tuple) or len(row) != 2:
-                        raise InputError(f"row {number} is {row!r}; give (pictures, question) as in ask")
+                        raise InputError(f"row {number} is {row!r}; give (pictures, question)")
                     prompt = self._prompt(_question(*row), params)
                 except InputError as error:
                     replies.append(error)

@@ -15,7 +15,7 @@ from pumice.errors import InputError
 from pumice.formats.import_ import import_model
 from pumice.formats.load import open_model
 from pumice.formats.pumice.folder import save
-from pumice.formats.read import BUILT_IN, find_model, read_model
+from pumice.formats.read import BUILT_IN, find_model, is_built_in, read_model
 from pumice.formats.sizes import weight_sizes
 from pumice.kernels import loader
 from pumice.model import quantized_vision, vision
@@ -30,8 +30,10 @@ def test_a_folder_without_a_model_does_not_hide_a_built_in_one(
     folder = tmp_path / "pumice-tiny"
     folder.mkdir()  # as recipes/pumice-tiny is
     assert find_model("pumice-tiny") == BUILT_IN / "pumice-tiny"
+    assert is_built_in("pumice-tiny") and not is_built_in("owner/model")
     (folder / "config.json").write_text("{}")
     assert find_model("pumice-tiny") == Path("pumice-tiny")
+    assert not is_built_in("pumice-tiny")
 
 
 def test_a_folder_that_is_no_model_and_a_name_that_is_nothing(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def serve(
         from pumice.serve.run import bind, make_server
     except ImportError as error:
         raise InputError(f"serving needs {error.name}: {install('serve')}") from error
+    from pumice.formats.read import is_built_in
 
     settings = replace(settings, api_key=_read_keys(settings), api_key_file=None).check()
     if not settings.loopback and not settings.api_key:
@@ -44,7 +45,7 @@ def serve(
             memory_share=0.5,  # of what is free beside the weights: the rest is for requests and pictures
         )
         name = assistant.name if assistant.name != model else Path(model).resolve().name
-        server = make_server(assistant, settings.name or (name,), settings)
+        server = make_server(assistant, settings.name or (name,), settings, is_built_in=is_built_in(model))
         server.run(sockets=[listener])
     if not server.started:
         raise WorkError("the server did not start; its log says why")

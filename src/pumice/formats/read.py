@@ -29,6 +29,19 @@ BUILT_IN = Path(__file__).parent.parent / "models"
 _LOG = logging.getLogger(__name__)
 
 
+def is_built_in(source: str | os.PathLike[str]) -> bool:
+    """Return whether `source` names a model that Pumice itself brings, and nothing on disk."""
+    return not _is_here(Path(os.path.expanduser(source))) and str(source) in _built_in()
+
+
+def _is_here(path: Path) -> bool:
+    return (path / folder.CONFIG).is_file() or path.is_file()
+
+
+def _built_in() -> list[str]:
+    return sorted(path.name for path in BUILT_IN.iterdir() if path.is_dir()) if BUILT_IN.is_dir() else []
+
+
 def find_model(source: str | os.PathLike[str]) -> Path:
     """Return the path of a model: `source` is a folder or file, a built-in model, or a name on the hub.
 
@@ -36,10 +49,9 @@ def find_model(source: str | os.PathLike[str]) -> Path:
     """
     # 1. What exists on disk comes first, then the models that Pumice itself brings.
     path = Path(os.path.expanduser(source))
-    if (path / folder.CONFIG).is_file() or path.is_file():
+    if _is_here(path):
         return path
-    built_in = sorted(path.name for path in BUILT_IN.iterdir() if path.is_dir()) if BUILT_IN.is_dir() else []
-    if str(source) in built_in:
+    if is_built_in(source):
         return BUILT_IN / source
     # 2. Folders that hold no model, with a hint; and what may be a name on the hub.
     if (path / "model" / folder.CONFIG).is_file():
@@ -53,7 +65,7 @@ def find_model(source: str | os.PathLike[str]) -> Path:
         return locate(name)
     raise InputError(
         f"there is no model {name!r}; give a model folder, a name on the hub like 'owner/model', "
-        f"or one of: {', '.join(built_in)}"
+        f"or one of: {', '.join(_built_in())}"
     )
 
 

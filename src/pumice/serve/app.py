@@ -51,8 +51,8 @@ ELSEWHERE = {  # what clients ask for that is somewhere else: with /v1 left out 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def build(settings: ServerSettings, backend: Backend, gate: Gate) -> Starlette:
-    """Return the ASGI application."""
+def build(settings: ServerSettings, backend: Backend, gate: Gate, is_built_in: bool) -> Starlette:
+    """Return the ASGI application. is_built_in: the model is the one that comes with Pumice."""
     started = int(time.time())
     openapi_document = document(__version__)
 
@@ -87,7 +87,7 @@ def build(settings: ServerSettings, backend: Backend, gate: Gate) -> Starlette:
     def card(name: str) -> ModelCard:
         return ModelCard(
             id=name, object="model", created=started, owned_by="pumice",
-            max_pictures=most_pictures(backend.assistant.model.config),
+            max_pictures=most_pictures(backend.assistant.model.config), built_in=is_built_in,
         )  # fmt: skip
 
     async def health(_: Request) -> Response:

@@ -421,6 +421,7 @@ class ModelCard(BaseModel):
     max_pictures: int | None = Field(
         description="Pictures of a conversation that the model knows from training; null: as many as fit."
     )
+    built_in: bool = Field(description="Whether the model is the one that comes with Pumice.")
 
 
 class ModelList(BaseModel):

@@ -40,8 +40,13 @@ ARRIVE_SECONDS = 1.0  # for the first requests of new connections, and for clien
 EXIT_SECONDS = 4.5  # then the process ends, whatever runs
 
 
-def make_server(assistant: Assistant, names: tuple[str, ...], settings: ServerSettings) -> Server:
-    """Return a server of this assistant's model. names: those of the model, the default one first."""
+def make_server(
+    assistant: Assistant, names: tuple[str, ...], settings: ServerSettings, *, is_built_in: bool = False
+) -> Server:
+    """Return a server of this assistant's model.
+
+    names: those of the model, the default one first. is_built_in: it is the one that comes with Pumice.
+    """
     from pumice import __version__
     from pumice.serve.app import build
     from pumice.serve.backend import Backend
@@ -55,7 +60,7 @@ def make_server(assistant: Assistant, names: tuple[str, ...], settings: ServerSe
         )
     gate = Gate(assistant.engine.slots, settings.queue)
     metrics = Metrics(__version__, names[0], assistant.engine.stats)
-    app = build(settings, Backend(assistant, names, settings, metrics), gate)
+    app = build(settings, Backend(assistant, names, settings, metrics), gate, is_built_in)
     server = Server(config(app, settings), settings, gate, names[0])
     gate.connections = lambda: len(server.server_state.connections)
     return server

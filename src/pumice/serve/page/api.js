@@ -12,7 +12,7 @@ export class Refused extends Error {
 
 const headers = (key) => ({ "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) });
 
-/** The models here, the default one first: {id, max_pictures, ...}. */
+/** The models here, the default one first: {id, max_pictures, built_in, ...}. */
 export async function models(key) {
   const response = await fetch("/v1/models", { headers: headers(key) });
   if (!response.ok) throw await errorOf(response);

@@ -7,14 +7,13 @@ import { render } from "/page/markdown.js";
 import { readPicture } from "/page/pictures.js";
 import { loadChoice, loadConversation, saveChoice, saveConversation } from "/page/store.js";
 
-// A picture, what it shows, a question, and what pumice-tiny says wrongly.
+// A picture, what it shows, a question, and what the model that comes with Pumice says wrongly.
 const EXAMPLES = [
   ["dog", "A dog in dry grass", "Where is the dog?"],
   ["kitten", "A kitten with a ball of wool", "What animal is this?"],
   ["musicians", "Musicians in a street", "What are these people doing?"],
   ["horses", "Horses in a meadow", "What animals are these?", "It takes them for cows."],
 ];
-const TINY = "pumice-tiny";
 const LONGEST_WAIT = 10; // seconds between two tries to reach the server
 const FIELDS = ["temperature", "top_p", "max_tokens", "seed", "system", "key"];
 
@@ -510,10 +509,9 @@ function addListeners() {
 }
 
 // Say what the model that comes with Pumice knows, and which example it gets wrong.
-function tellLimits() {
-  const isTiny = state.model === TINY;
-  for (const mistake of document.querySelectorAll(".mistake")) mistake.hidden = !isTiny;
-  $("knows").hidden = !isTiny;
+function tellLimits(isBuiltIn) {
+  for (const mistake of document.querySelectorAll(".mistake")) mistake.hidden = !isBuiltIn;
+  $("knows").hidden = !isBuiltIn;
 }
 
 async function connect() {
@@ -523,7 +521,7 @@ async function connect() {
       state.model = card.id;
       state.maxPictures = card.max_pictures;
       $("model").textContent = state.model;
-      tellLimits();
+      tellLimits(card.built_in);
       showChosen();
       if (!busy()) showAway(null);
       return;
