@@ -194,6 +194,26 @@ def test_a_prompt_equals_the_modules_and_does_not_depend_on_company(window: int 
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4", "mixed"])
+@pytest.mark.parametrize("window", [None, 48])
+@torch.inference_mode()
+def test_a_prompt_is_the_same_in_any_chunks(window: int | None, weights: str) -> None:
+    """As where parts of it are cached: all but the last token, if it is asked for again."""
+    decoder = make(weights, sliding_window=window)
+    x = decoder.embed(torch.arange(150) * 7 % 52)
+
+    def logits(*ends: int) -> Tensor:
+        native = ready(decoder, KVCache(decoder.config, 160, CPU, torch.bfloat16, block=32))
+        for past, end in itertools.pairwise((0, *ends)):
+            segment = Segment(range(5), past, end - past)
+            result = native.logits(x[past:end], [segment], [segment.new - 1] if end == len(x) else [])
+        return result
+
+    whole = logits(150)
+    for ends in (149, 150), (1, 2, 150), (33, 34, 35, 150), (64, 128, 148, 150), range(1, 151):
+        assert torch.equal(logits(*ends), whole)
+
+
 @torch.inference_mode()
 def test_activations_are_not_rounded_anew_while_a_thread_multiplies_them() -> None:
     decoder = make("mixed", heads=16, kv_heads=16)

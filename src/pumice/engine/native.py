@@ -144,13 +144,18 @@ class NativeDecoder:
         tables = [
             end - len(table) for end, (table, _, new) in zip(ends, segments, strict=True) for _ in range(new)
         ]
-        # Sequences that bring many tokens attend as runs (first row, rows), if the code can. Others attend
-        # row by row.
-        firsts = itertools.accumulate((segment.new for segment in segments), initial=0)
-        spans = [(first, segment.new) for first, segment in zip(firsts, segments, strict=False)]
-        runs = [span for span in spans if span[1] > 1 and self._source[2] == "packed"]
-        in_runs = {row for first, count in runs for row in range(first, first + count)}
-        single = [row for row in range(len(x)) if row not in in_runs]
+        # Runs (first row, rows) attend together, if the code can; their sums differ from those of a row that
+        # attends alone. So the last token of a sequence always attends alone if its logits are due, and all
+        # others in a run, even of one row: then it does not matter how much of the sequence was cached.
+        ends = list(itertools.accumulate(segment.new for segment in segments))
+        single, runs = list(range(len(x))), list[tuple[int, int]]()
+        if self._source[2] == "packed":
+            single = sorted({end - 1 for end in ends} & {*due})
+            runs = [
+                (end - segment.new, count)
+                for end, segment in zip(ends, segments, strict=True)
+                if (count := segment.new - (end - 1 in single)) > 0
+            ]
         logits = torch.empty(len(due), self._vocabulary, dtype=torch.float32, device="cpu")
         error = self._decode(
             ctypes.byref(self._model), ctypes.c_int64(len(x)), ctypes.c_void_p(x.data_ptr()),
