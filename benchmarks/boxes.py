@@ -118,7 +118,7 @@ def answers(model: str, folder: Path) -> list[Answered]:
     assistant = load(model)
     questions = list(get_task("own").questions(folder / "asked.jsonl"))
     rows = [([image.source() for image in question.images], question.prompt) for question in questions]
-    texts = assistant.ask_many(rows, max_new_tokens=40)
+    texts = assistant.ask_many(rows, max_new_tokens=40, num_beams=1)
     for question, text in list(zip(questions, texts, strict=True))[:3]:
         print(f"{model}: {question.prompt.removeprefix(WHERE)}: {text}")
     return [Answered(question, str(text)) for question, text in zip(questions, texts, strict=True)]

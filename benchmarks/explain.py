@@ -247,7 +247,7 @@ def cost(assistant: Assistant, picture: Path) -> None:
     for _ in range(5):
         assistant._image_tokens.clear()
         start = time.perf_counter()
-        reply = assistant.stream(conversation)
+        reply = assistant.stream(conversation, num_beams=1)
         answer = "".join(reply)
         rows["answer"].append(time.perf_counter() - start)
         tokens = reply.tokens
@@ -298,9 +298,8 @@ def main() -> None:
             if options.part == "occlusion":
                 row = occlusion(assistant, scene, options.regions)
             else:
-                own = (
-                    assistant.ask(scene.picture, scene.question, max_new_tokens=16) if options.asked else None
-                )
+                greedy = {"max_new_tokens": 16, "num_beams": 1}
+                own = assistant.ask(scene.picture, scene.question, **greedy) if options.asked else None
                 row = boxes(assistant, scene, own or scene.sentence)
         finished_rows[number] = row
         if options.keep is not None:

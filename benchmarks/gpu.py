@@ -193,7 +193,7 @@ def fsdp(bench: Bench) -> dict[str, Any]:
 
 
 def answers(bench: Bench) -> dict[str, Any]:
-    """pumice-tiny's answers about a drawn picture beside the CPU's, in fp32."""
+    """pumice-tiny's greedy answers about a drawn picture beside the CPU's, in fp32."""
     try:
         options: dict[str, Any] = {"quantize": None, "dtype": torch.float32, "cache_tokens": 2048}
         both = [load(device=device, **options) for device in ("cpu", bench.device.type)]
@@ -201,7 +201,8 @@ def answers(bench: Bench) -> dict[str, Any]:
         return {"left out": str(error)}
     image = picture(320, 240)
     questions = ["What is in the picture?", "What colour is it?"][: 1 if bench.small else 2]
-    texts = [[one.ask(image, question, max_new_tokens=16) for question in questions] for one in both]
+    sampling = {"max_new_tokens": 16, "num_beams": 1}
+    texts = [[one.ask(image, question, **sampling) for question in questions] for one in both]
     return {"ok": texts[0] == texts[1], "answers": texts[1]}
 
 

@@ -98,8 +98,8 @@ def question(number: int, tokens: int, pictures: bool) -> dict[str, Any]:
     else:
         content[0]["text"] += f" Number {number}."
     messages = [{"role": "user", "content": content}]
-    options = {"include_usage": True}
-    return {"messages": messages, "max_tokens": tokens, "stream": True, "stream_options": options}
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    return {"messages": messages, "max_tokens": tokens, "num_beams": 1, **options}  # greedy
 
 
 class Connection:

@@ -41,7 +41,8 @@ def answer(model: str, quantize: str, new: int, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         picture = Image.fromarray(draw.integers(0, 256, SIZE, np.uint8))
         times = [time.perf_counter()]
-        reply = assistant.stream(Conversation((user_message(QUESTION, [picture]),)), max_new_tokens=new)
+        asked = Conversation((user_message(QUESTION, [picture]),))
+        reply = assistant.stream(asked, max_new_tokens=new, num_beams=1)  # token by token
         reply.begin()
         counted = 0
         while reply.tokens < new:

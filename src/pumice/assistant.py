@@ -22,7 +22,7 @@ from pumice.config import ModelConfig
 from pumice.config_json import as_stored
 from pumice.conversation import Conversation, ImagePart, Message, question_message
 from pumice.engine.engine import Engine
-from pumice.engine.params import SamplingParams
+from pumice.engine.params import SamplingParams, check_form
 from pumice.engine.reply import Reply, is_done, outcome
 from pumice.engine.requests import Prompt, PromptImage, check_room
 from pumice.engine.sizes import check_sizes
@@ -275,9 +275,7 @@ class Assistant:
         prompt = self._prompt(conversation, self._params(sampling), continued)
         if schema is None:
             return prompt
-        for name in ("num_beams", "length_penalty"):
-            if (value := sampling.get(name, 1)) != 1:
-                raise InputError(f"{name} is {value}, which does not go with a schema; give 1")
+        check_form(sampling, "a schema")
         return dataclasses.replace(prompt, constraint=self.json(schema))
 
     def json(self, schema: Mapping[str, Any] | None) -> JsonSchema:

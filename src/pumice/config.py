@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -273,16 +273,18 @@ class LoraConfig:
             )
 
 
-def check_beams(settings: Any) -> None:
-    """Raise InputError if settings of sampling ask for beams and for what beam search does without.
+def asked_for(settings: Mapping[str, Any], offs: Mapping[str, Any]) -> list[str]:
+    """Return the settings that ask for something. offs: the values that ask for nothing, also if left out."""
+    return [name for name, off in offs.items() if settings.get(name, off) != off]
 
-    settings: they may lack fields of `SamplingParams`.
-    """
-    others = [name for name, off in WITHOUT_BEAMS.items() if getattr(settings, name, off) != off]
-    if settings.num_beams > 1 and others:
+
+def check_beams(settings: Mapping[str, Any]) -> None:
+    """Raise InputError if settings of sampling ask for beams and for what beam search does without."""
+    others = asked_for(settings, WITHOUT_BEAMS)
+    if (beams := settings["num_beams"]) > 1 and others:
         offs = (f"no {name}" if (off := WITHOUT_BEAMS[name]) is None else f"{name} {off}" for name in others)
         raise InputError(
-            f"num_beams is {settings.num_beams}, which does not go with {' and '.join(others)}; "
+            f"num_beams is {beams}, which does not go with {' and '.join(others)}; "
             f"give num_beams 1, or {' and '.join(offs)}"
         )
 
@@ -305,7 +307,7 @@ class GenerationConfig:
         for name, (low, high, words) in SAMPLING_RANGES.items():
             if not low <= (value := getattr(self, name)) <= high:
                 raise InputError(f"{name} is {shorten(value)}; give {words}")
-        check_beams(self)
+        check_beams(vars(self))
 
     @property
     def used(self) -> GenerationConfig:

@@ -21,6 +21,7 @@ from pumice.cli.options import Opening
 from pumice.conversation import Video
 from pumice.engine import sizes
 from pumice.engine.reply import Reply
+from pumice.errors import InputError
 from pumice.formats import read
 from pumice.formats.export import export
 from pumice.formats.pumice.quantized import copies_folder
@@ -278,6 +279,8 @@ def test_the_model_s_folder_says_what_does_nothing(
     assert run("ask", "What?", *SHORT, "--model", str(searching), "--length-penalty", "2").exit_code == 0
     monkeypatch.setattr(read, "stored_generation", lambda _: None)  # as of a model on the hub
     refused(run("ask", "What?", *SHORT, *given), "top_p and top_k do nothing")
+    with pytest.raises(InputError, match="top_p does nothing"):  # before `chat` waits for a question
+        Opening(device="cpu").load_to_ask(str(searching), {"top_p": 0.9})
 
 
 @pytest.mark.parametrize(("word", "bits"), [("none", None), ("int8", "int8"), ("int4", "int4")])

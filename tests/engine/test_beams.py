@@ -319,6 +319,10 @@ SEARCHED = {"num_beams": 3, "length_penalty": 0.5}
         (SEARCHED, {"top_k": 5}, "top_k does nothing where no word is drawn; give a temperature"),
         (DRAWN, {"num_beams": 3, "min_p": 0.1}, "min_p does nothing where no word is drawn; leave min_p out"),
         ({}, {"length_penalty": 0.5}, "length_penalty is 0.5, which does nothing without beams; give num_"),
+        # Beams would be refused beside what is given.
+        ({}, {"length_penalty": 2.0, "temperature": 1.0}, "length_penalty is 2.0, .* beams; leave length_pe"),
+        (SEARCHED, {"length_penalty": 2.0, "repetition_penalty": 1.1}, "length_.* beams; leave length_pen"),
+        (DRAWN, {"length_penalty": 2.0}, "length_penalty is 2.0, .* beams; give num_beams 2 or more, or"),
         (SEARCHED, {"num_beams": 1, "length_penalty": 2.0}, "length_penalty is 2.0, which does nothing"),
         (SEARCHED, {"temperature": 1.0, "length_penalty": 2.0}, "length_penalty is 2.0, which does nothing"),
         ({}, {"num_beams": "3"}, "num_beams is '3'; give a whole number"),
@@ -346,3 +350,16 @@ def test_given_options_that_would_do_nothing(own: Any, given: dict[str, Any], me
 def test_other_options_are_as_before(own: Any, given: dict[str, Any], expected: dict[str, Any]) -> None:
     """A value that asks for nothing does no harm, and each default may be replaced alone."""
     assert SamplingParams.of(SamplingParams.options(own, given)) == SamplingParams(**expected)
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "expected"),
+    [
+        (DRAWN, {"num_beams": 1}, DRAWN | {"num_beams": 1}),
+        (DRAWN | {"repetition_penalty": 1.1}, {"num_beams": 3}, {"num_beams": 3}),
+        (SEARCHED, {"temperature": 1.0}, {"temperature": 1.0}),
+        (SEARCHED, {"num_beams": 1}, {"num_beams": 1}),
+    ],
+)
+def test_defaults_go_with_what_turns_them_off(own: Any, given: dict[str, Any], expected: Any) -> None:
+    assert SamplingParams.options(own, given) == expected

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pumice.engine.requests import Delta
+import torch
+
+from pumice.engine.params import SamplingParams
+from pumice.engine.requests import Delta, Prompt
 from pumice.engine.text import TextStream
 
 
@@ -51,3 +54,10 @@ def test_the_space_of_a_format_before_an_answer_is_left_out() -> None:
         text = TextStream(letters, (), "A: ")
         pieces = [text.add(Delta((ord(token),))) for token in written]
         assert "".join([*pieces, text.add(Delta((), finish="length"))]) == expected
+
+
+def test_the_text_of_a_format_before_an_answer_ends_no_beam() -> None:
+    params = SamplingParams(num_beams=2, stop=(":",))
+    prompt = Prompt(torch.tensor([1]), params=params, prefix="A: ", decode=letters)
+    for written, expected in (("A: yes", False), ("A: yes:", True), ("A but:", True)):
+        assert prompt.holds_stop([*map(ord, written)]) is expected

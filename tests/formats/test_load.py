@@ -12,15 +12,25 @@ import pytest
 import torch
 
 from pumice.errors import InputError
+from pumice.formats import read
 from pumice.formats.import_ import import_model
 from pumice.formats.load import open_model
 from pumice.formats.pumice.folder import save
-from pumice.formats.read import BUILT_IN, find_model, is_built_in, read_model
+from pumice.formats.read import BUILT_IN, find_model, is_built_in, read_model, stored_generation
 from pumice.formats.sizes import weight_sizes
 from pumice.kernels import loader
 from pumice.model import quantized_vision, vision
 from pumice.storage import tensors
 from pumice.storage.tensors import open_file
+
+
+def test_how_answers_of_a_model_on_the_hub_are_sampled_is_not_known_before_it_is_read(
+    searching: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert stored_generation(searching) == {"num_beams": 3, "length_penalty": 0.5}
+    monkeypatch.setattr(read, "find_model", None)  # which would fetch it
+    assert stored_generation("owner/model") is None
+    assert stored_generation("owner/model/model.gguf") is None
 
 
 def test_a_folder_without_a_model_does_not_hide_a_built_in_one(

@@ -22,6 +22,10 @@ from pumice.engine.engine import Engine, Plan
 from pumice.engine.generate import naive_generate
 from pumice.engine.grammar_check import refused
 from pumice.serve import stream
+from pumice.serve.errors import ApiError
+from pumice.serve.messages import parse
+from pumice.serve.protocol import ChatRequest
+from pumice.serve.sampling import check_sampling, sampling_of
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +232,44 @@ def test_the_model_s_beams(local: Any, exact: Assistant, searching: Path) -> Non
     assert [one.choices[0].message.content for one in off] == [greedy] * 2
     other = exact.ask(None, "What?", max_new_tokens=12, num_beams=3, length_penalty=4.0)
     assert longer.choices[0].message.content == other
+
+
+def test_what_draws_beside_beams_and_beside_a_model_s_temperature() -> None:
+    """Clients send it with every request: without a temperature it is left out, with one it counts."""
+    drawing = {"temperature": 0.7}
+    request = ChatRequest.model_validate(ask("What?") | {"top_p": 0.9})
+    assert sampling_of(request, drawing, 8, 8)["top_p"] == 0.9
+    assert "top_p" not in sampling_of(request, {}, 8, 8)
+    searched = sampling_of(request.model_copy(update={"num_beams": 3}), drawing, 8, 8)
+    assert "top_p" not in searched
+    check_sampling(searched, drawing, is_held=False)
+
+
+def test_what_turns_off_or_replaces_the_beams_of_a_folder_is_not_dropped() -> None:
+    body = json.dumps(ask("What?") | {"use_beam_search": False, "length_penalty": 1}).encode()
+    sampling = sampling_of(parse(ChatRequest, body), {"num_beams": 3, "length_penalty": 0.5}, 8, 8)
+    assert (sampling["num_beams"], sampling["length_penalty"]) == (1, 1)
+
+
+def test_a_length_penalty_does_not_go_with_an_answer_in_a_given_form() -> None:
+    """Also where the model's folder asks for beams: the answer has none."""
+    for given in ({"length_penalty": 4.0}, {"num_beams": 2}):
+        with pytest.raises(ApiError, match="not go with an answer in a given form; give") as error:
+            check_sampling(given, {"num_beams": 3}, is_held=True)
+        assert error.value.param == next(iter(given))
+    check_sampling({"num_beams": 1, "length_penalty": 1.0}, {"num_beams": 3}, is_held=True)
+
+
+def test_a_stop_text_ends_a_beam_of_a_text(server: str) -> None:
+    """The search ends there; it is not the longest answer that is cut."""
+    asked = {"prompt": "A dog", "max_tokens": 60, "num_beams": 3, "length_penalty": 0.0}
+    whole, stopped = (
+        post(server, asked | stop, "/v1/completions").json()["choices"][0]
+        for stop in ({}, {"stop": [*"aeiou "]})
+    )
+    assert (whole["finish_reason"], stopped["finish_reason"]) == ("length", "stop")
+    assert not set(stopped["text"]) & set("aeiou ")
+    assert not whole["text"].startswith(stopped["text"])
 
 
 def test_beams_that_a_client_asks_for(server: str, exact: Assistant) -> None:

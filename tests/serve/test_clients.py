@@ -146,6 +146,22 @@ def test_what_asks_for_nothing_changes_nothing(server: str, more: dict[str, Any]
     assert said(server, [HI], **more) == said(server, [HI])
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", {"input": "What?"}),
+        ("/v1/messages", {"messages": [HI], "max_tokens": 2}),
+        ("/api/chat", {"model": "tiny", "messages": [HI]}),
+        ("/api/generate", {"model": "tiny", "prompt": "What?"}),
+        ("/v1/chat/completions", {"messages": [HI]}),
+        ("/v1/completions", {"prompt": "What?"}),
+    ],
+)
+def test_no_beam_search_is_accepted_everywhere(server: str, path: str, body: dict[str, Any]) -> None:
+    response = post(server, body | {"use_beam_search": False, "length_penalty": 1}, path)
+    assert response.status_code == 200, response.text
+
+
 def test_seed_minus_one_is_no_seed(server: str) -> None:
     """llama.cpp's, vLLM's and Ollama's clients ask for other words each time so."""
     assert len({said(server, [HI], temperature=2, max_tokens=8, seed=1) for _ in range(3)}) == 1

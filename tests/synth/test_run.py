@@ -20,13 +20,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from pumice.assistant import load
 from pumice.chat_client import judge
 from pumice.cli import app
 from pumice.errors import InputError
 from pumice.synth.endpoint import Endpoint
-from pumice.synth.journal import Journal
+from pumice.synth.journal import Journal, TeacherRequest
 from pumice.synth.settings import read_settings
-from pumice.synth.teachers import LocalTeacher
+from pumice.synth.teachers import LocalTeacher, flat
 
 KINDS = ["--kind", "conversation", "--kind", "detail", "--kind", "short-answer"]
 FAILURES = ("429", "500", "hang", "truncated", "refusal")
@@ -285,6 +286,45 @@ def test_the_key_goes_into_the_header_alone(
 def test_a_local_teacher_knows_its_options() -> None:
     with pytest.raises(InputError, match="no sampling option 'max_tokens'; did you mean 'max_new_tokens'"):
         LocalTeacher("pumice-tiny", options={"max_tokens": 5}).check()
+
+
+def test_a_local_teacher_s_options_are_checked_before_anything_is_sent(
+    searching: Path, drawing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle = "top_p does nothing where no word is drawn; give a temperature"
+    useless = "length_penalty is 2, which does nothing without beams; give num_beams 2"
+    for options, message in (({"top_p": 0.9}, idle), ({"length_penalty": 2}, useless)):
+        with pytest.raises(InputError, match=message):
+            LocalTeacher(str(searching), options=options).check()
+    LocalTeacher(str(drawing), options={"top_p": 0.9}).check()
+    # Of a model on the hub, it is known once that is opened.
+    monkeypatch.setattr("pumice.formats.read.stored_generation", lambda _: None)
+    teacher = LocalTeacher(str(searching), "cpu", options={"top_p": 0.9})
+    teacher.check()
+    journal = Journal(tmp_path / "journal.jsonl")
+    with pytest.raises(InputError, match=idle):
+        teacher.answer([TeacherRequest("a", (), "What?", 8)], journal, lambda _: None)
+    assert journal.tally.sent == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {"repetition_penalty": 1.1}),
+        ({"num_beams": 3, "length_penalty": 0.5}, {"num_beams": 3, "length_penalty": 0.5}),
+        ({"repetition_penalty": 9.0}, {"repetition_penalty": 9.0}),
+    ],
+)
+def test_beams_that_a_local_teacher_is_asked_for_turn_off_its_penalty(
+    tiny_folder: Path, searching: Path, tmp_path: Path, options: Any, expected: Any
+) -> None:
+    """Those of the model's folder give way to the penalty."""
+    request = TeacherRequest("a", (), "What?", 40)
+    teacher, journal = LocalTeacher(str(searching), "cpu", options=options), Journal(tmp_path / "journal")
+    teacher.check()
+    teacher.answer([request], journal, lambda _: None)
+    answer = load(tiny_folder, device="cpu").ask(None, flat(request), max_new_tokens=40, **expected)
+    assert json.loads(journal.reply("a") or "") == {"text": answer}
 
 
 def test_two_runs_at_once(endpoint: Any, pictures: Callable[[int], Path], tmp_path: Path) -> None:

@@ -174,12 +174,14 @@ class Opening:
         from pumice.assistant import CHUNK_SHOWN
         from pumice.formats.read import check_sees, stored_generation
 
-        if (generation := stored_generation(model)) is not None:
+        generation = stored_generation(model)
+        if generation is not None:
             SamplingParams.options(generation, sampling)
         if pictures:
             check_sees(model, self.mmproj)
         assistant = self.load(model, **({"chunk": CHUNK_SHOWN} if shown else {}))
-        SamplingParams.options(assistant.generation, sampling)  # where it was not known before
+        if generation is None:
+            SamplingParams.options(assistant.generation, sampling)
         return assistant
 
 

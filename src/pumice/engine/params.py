@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from pumice.config import SAMPLING_RANGES, WITHOUT_BEAMS, check_beams
+from pumice.config import SAMPLING_RANGES, WITHOUT_BEAMS, asked_for, check_beams
 from pumice.errors import InputError, instead_of
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class SamplingParams:
                 raise InputError(f"{name} is {value}; give {words}")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise InputError(f"stop is {list(self.stop)!r}; give texts that are not empty")
-        check_beams(self)
+        check_beams(vars(self))
 
     @classmethod
     def options(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,21 +79,25 @@ class SamplingParams:
         wrong or would do nothing.
         """
         cls.of(given)
-        # 1. Beams that are given go before defaults that draw or penalise, and these before default beams.
-        dropped: set[str] = set()
+        # 1. Beams that are given turn off defaults that draw or penalise, and such options default beams.
+        others = asked_for(given, WITHOUT_BEAMS)
+        dropped: set[str] = {"num_beams"} if others else set()
         if given.get("num_beams", 1) != 1:
-            dropped = {*_asked(defaults, WITHOUT_BEAMS)}
-        elif _asked(given, WITHOUT_BEAMS):
-            dropped = {"num_beams"}
+            dropped = {*WITHOUT_BEAMS, *DRAWING}
         options = {**{name: value for name, value in defaults.items() if name not in dropped}, **given}
-        # 2. Without beams, no length counts. Without a temperature, nothing is drawn; who gives 0 knows that.
-        if options.get("num_beams", 1) == 1 and _asked(given, {"length_penalty": 1}):
-            raise InputError(
-                f"length_penalty is {given['length_penalty']}, which does nothing without beams; give "
-                "num_beams 2 or more, or leave length_penalty out"
-            )
+        # 2. Without beams, no length counts.
+        if options.get("num_beams", 1) == 1:
+            options.pop("length_penalty", None)
+            if asked_for(given, {"length_penalty": 1}):
+                remedy = "leave" if others else "give num_beams 2 or more, or leave"
+                raise InputError(
+                    f"length_penalty is {given['length_penalty']}, which does nothing without beams; "
+                    f"{remedy} length_penalty out"
+                )
+        # 3. Without a temperature, nothing is drawn. Options for drawing are accepted beside a temperature of
+        # 0 that is given explicitly, as clients send both.
         draws = options.get("temperature") or "temperature" in given
-        if not draws and (idle := _asked(given, DRAWING)):
+        if not draws and (idle := asked_for(given, DRAWING)):
             names, do = " and ".join(idle), "does" if len(idle) == 1 else "do"
             remedy = "leave" if given.get("num_beams", 1) != 1 else "give a temperature, or leave"
             raise InputError(f"{names} {do} nothing where no word is drawn; {remedy} {names} out")
@@ -120,6 +124,7 @@ class SamplingParams:
         return generator
 
 
-def _asked(given: Mapping[str, Any], offs: Mapping[str, Any]) -> list[str]:
-    """Return the options that are given and ask for something. offs: the values that do not."""
-    return [name for name, off in offs.items() if given.get(name, off) != off]
+def check_form(given: Mapping[str, Any], form: str) -> None:
+    """Raise InputError if given options ask for a search of an answer in a given form. form: it in words."""
+    for name in asked_for(given, {"num_beams": 1, "length_penalty": 1}):
+        raise InputError(f"{name} is {given[name]}, which does not go with {form}; give {name} 1")

@@ -42,10 +42,11 @@ ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
         ("backend_sampling cache_prompt include_reasoning", (True, False)),
         (
             "continuous_usage_stats early_stopping echo enable_thinking ignore_eos logprobs safe_prompt "
-            "include_stop_str_in_output return_token_ids return_tokens_as_token_ids timings_per_token",
+            "include_stop_str_in_output return_token_ids return_tokens_as_token_ids timings_per_token "
+            "use_beam_search",
             (False,),
         ),
-        ("best_of tfs_z typ_p typical_p", (1,)),
+        ("best_of length_penalty tfs_z typ_p typical_p", (1,)),
         (
             "dry_multiplier dynatemp_range min_tokens mirostat priority top_a top_logprobs xtc_probability",
             (0,),

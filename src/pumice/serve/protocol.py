@@ -9,7 +9,7 @@ Source of the fields: OpenAI's API reference; `top_k`, `min_p`, `repetition_pena
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -59,6 +59,7 @@ Texts = Annotated[
 ]
 
 
+_BEAMS = ("length_penalty", "use_beam_search")  # 1 and false replace what the model's folder says
 _LIMIT = "The longest answer; -1, and what does not fit, is as long as it fits."
 
 
@@ -99,6 +100,8 @@ class HintedRequest(BaseRequest):
 
 class GenerationRequest(HintedRequest):
     """The fields that chat and plain completion share."""
+
+    ASKS_NOTHING: ClassVar = {k: v for k, v in RequestModel.ASKS_NOTHING.items() if k not in _BEAMS}
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None

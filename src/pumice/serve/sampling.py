@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pumice.engine.params import DRAWING, SamplingParams
+from pumice.engine.params import DRAWING, SamplingParams, check_form
 from pumice.errors import InputError
 from pumice.serve.errors import invalid
 from pumice.serve.protocol import GenerationRequest
@@ -49,13 +49,10 @@ def check_sampling(sampling: Mapping[str, Any], generation: Mapping[str, Any], *
 
     generation: as in `sampling_of`. is_held: whether the answer is held to a form, which no search follows.
     """
-    beams = sampling.get("num_beams", 1)
-    if is_held and beams > 1:
-        message = f"num_beams is {beams}, which does not go with an answer in a given form; give num_beams 1"
-        raise invalid("num_beams", message)
-    defaults = {key: value for key, value in generation.items() if not (is_held and key == "num_beams")}
     try:
-        SamplingParams.of(SamplingParams.options(defaults, sampling))
+        if is_held:
+            check_form(sampling, "an answer in a given form")
+        SamplingParams.of(SamplingParams.options(generation, sampling))
     except InputError as error:
         field, _, _ = str(error).partition(" ")
         raise invalid(field, str(error)) from error

@@ -155,10 +155,22 @@ class LocalTeacher:
         self.options = options or {}
 
     def check(self) -> None:
-        """Raise InputError on options that sampling does not have; the model is opened when it is asked."""
+        """Raise InputError on wrong options, as far as is known before the model is opened."""
         from pumice.engine.params import SamplingParams
+        from pumice.formats.read import stored_generation
 
         SamplingParams.of(self.options)
+        if (generation := stored_generation(self.model)) is not None:
+            self._sampling(generation)
+
+    def _sampling(self, generation: dict[str, Any]) -> dict[str, Any]:
+        """Return how answers are sampled. generation: what the model's folder says."""
+        from pumice.engine.params import SamplingParams
+
+        # Small models repeat themselves. The penalty turns off the folder's beams; beams that are asked for
+        # turn off the penalty.
+        defaults = {**generation, "num_beams": 1, "repetition_penalty": 1.1}
+        return SamplingParams.options(defaults, self.options)
 
     def answer(self, requests: Iterable[TeacherRequest], journal: Journal, progress: Progress) -> str:
         from pumice.assistant import load
@@ -173,11 +185,8 @@ class LocalTeacher:
         self, assistant: Any, batch: list[TeacherRequest], journal: Journal, progress: Progress
     ) -> None:
         rows = [(request.picture(), flat(request)) for request in batch]
-        options = {
-            "max_new_tokens": max(r.max_tokens for r in batch),
-            "repetition_penalty": 1.1,
-            **self.options,
-        }
+        sampling = self._sampling(assistant.generation)  # raises before anything is sent
+        options = {"max_new_tokens": max(r.max_tokens for r in batch), **sampling}
         journal.append([r for q in batch for r in journal.sent(q, (0, 0), self.model)])
         errors = []
         for request, text in zip(batch, assistant.ask_each(rows, slots=self.batch, **options), strict=True):
