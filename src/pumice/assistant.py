@@ -441,7 +441,8 @@ def conversation_of(messages: Conversation | Sequence[Message | Mapping[str, Any
     """Turn messages in any form that `Assistant.stream` takes into a Conversation. Raises InputError."""
     if isinstance(messages, Conversation):
         return messages
-    if isinstance(messages, str | Mapping) or not all(isinstance(m, Message | Mapping) for m in messages):
+    is_list = isinstance(messages, Sequence) and not isinstance(messages, str)
+    if not is_list or not all(isinstance(m, Message | Mapping) for m in messages):
         raise InputError("messages must be a list of {'role': ..., 'content': ...}; ask takes a question")
     read = (m if isinstance(m, Message) else read_message(m, number) for number, m in enumerate(messages, 1))
     return Conversation(join_messages(read))

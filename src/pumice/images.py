@@ -331,6 +331,8 @@ def _open_file(source: Any, name: str) -> BinaryIO:
         raise InputError(f"{name} is not a picture; give a path, the bytes of a file, or a PIL image")
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         raise InputError(f"{name} is a web address; save the picture to a file first")
+    if source == "":
+        raise InputError("the picture's path is empty; name a picture, or give None for no picture")
     path = Path(source)
     with wrong_input(OSError, f"{name} cannot be opened: {CAUSE}; check the path"):
         if path.is_dir():

@@ -24,7 +24,7 @@ def test_wrong_python_values(exact: Assistant) -> None:
     answers = list(exact.ask_each(unread, max_new_tokens=1))
     assert answers[0] is unread[0] and isinstance(answers[1], str)
     wrong: Any
-    for wrong in ("hello", [5], {"role": "user", "content": "hello"}):
+    for wrong in (None, "hello", [5], {"role": "user", "content": "hello"}):
         with pytest.raises(InputError, match="messages must be a list"):
             exact.stream(wrong)
     number: Any = "fp16"

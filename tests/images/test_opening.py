@@ -177,6 +177,7 @@ def test_bad_paths_are_named(tmp_path: Path) -> None:
 
 def test_bad_bytes_and_types() -> None:
     assert "is empty" in _message(b"")
+    assert "the picture's path is empty" in _message("")
     assert "picture of 300 bytes is not a picture" in _message(b"\x00\x01\x02" * 100)
     assert "the list is not a picture; give a path" in _message([1, 2])
     assert "has no pixels (0 x 5)" in _message(Image.new("RGB", (0, 5)))

@@ -310,8 +310,8 @@ def test_beams_that_a_client_asks_for(server: str, exact: Assistant) -> None:
         ({"length_penalty": 0.5}, "length_penalty", "does nothing without beams"),
         ({"num_beams": 65}, "num_beams", "less than or equal to 64"),
         ({"length_penalty": 11}, "length_penalty", "less than or equal to 10"),
-        ({"use_beam_search": True}, "use_beam_search", "num_beams says whether there is a search"),
-        ({"use_beam_search": False, "num_beams": 2}, "use_beam_search", "num_beams says whether"),
+        ({"use_beam_search": True}, "use_beam_search", "num_beams (not n) is the number of beams"),
+        ({"use_beam_search": False, "num_beams": 2}, "use_beam_search", "num_beams (not n) is"),
         ({"num_beams": 3, "early_stopping": True}, "early_stopping", "unknown field 'early_stopping'"),
     ],
 )

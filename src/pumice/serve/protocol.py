@@ -145,7 +145,7 @@ class GenerationRequest(HintedRequest):
         if self.return_progress and not self.stream:
             raise field_error("return_progress", "needs stream to be true")
         if self.use_beam_search or (self.use_beam_search is False and (self.num_beams or 1) > 1):
-            raise field_error("use_beam_search", "num_beams says whether there is a search; leave this out")
+            raise field_error("use_beam_search", "leave this out; num_beams (not n) is the number of beams")
         if (self.num_beams or 1) > 1 and (self.n or 1) > 1:
             raise field_error("n", "should be 1 beside num_beams: a beam search gives one answer")
         return self
