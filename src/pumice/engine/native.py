@@ -147,13 +147,13 @@ class NativeDecoder:
         # Runs (first row, rows) attend together, if the code can; their sums differ from those of a row that
         # attends alone. So the last token of a sequence always attends alone if its logits are due, and all
         # others in a run, even of one row: then it does not matter how much of the sequence was cached.
-        ends = list(itertools.accumulate(segment.new for segment in segments))
+        row_ends = list(itertools.accumulate(segment.new for segment in segments))
         single, runs = list(range(len(x))), list[tuple[int, int]]()
         if self._source[2] == "packed":
-            single = sorted({end - 1 for end in ends} & {*due})
+            single = sorted({end - 1 for end in row_ends} & {*due})
             runs = [
                 (end - segment.new, count)
-                for end, segment in zip(ends, segments, strict=True)
+                for end, segment in zip(row_ends, segments, strict=True)
                 if (count := segment.new - (end - 1 in single)) > 0
             ]
         logits = torch.empty(len(due), self._vocabulary, dtype=torch.float32, device="cpu")
