@@ -15,6 +15,8 @@ from questions import SHORT, image_part
 from pumice import InputError
 from pumice.assistant import CACHED_IMAGES, Assistant, conversation_of, load
 from pumice.conversation import Conversation, user_message
+from pumice.engine.requests import Delta
+from pumice.kernels.loader import compiled
 from pumice.processor import Processor
 from pumice.stopping import Stopped, stoppable
 
@@ -31,6 +33,29 @@ def test_a_second_turn_computes_only_what_is_new(exact: Assistant, pictures: lis
     asked = fresh.prompt(conversation_of(first))
     assert reply.cached_tokens >= len(asked.input_ids) - 1
     assert answer == "".join(Assistant(exact.model, exact.processor).stream(again, **SHORT))
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_a_quantised_model_gives_the_same_numbers_again(
+    tiny_folder: Path, pictures: list[Path], bits: Any
+) -> None:
+    """Bit for bit, with all of the prompt cached, its picture alone, or nothing."""
+    if not compiled("packed")[0]:
+        pytest.skip("compiled code does not run here")
+
+    def numbers(question: str) -> list[float]:
+        conversation, deltas = Conversation((user_message(question, [pictures[0]]),)), list[Delta]()
+        model.engine.submit(model.prompt(conversation, max_new_tokens=1, logprobs=5), deltas.append)
+        while model.engine.step():
+            pass
+        return [logprob for delta in deltas for token in delta.logprobs or () for _, logprob in token.top]
+
+    model = load(tiny_folder, device="cpu", quantize=bits)
+    what, why = numbers("What is this?"), numbers("Why?")
+    assert len(what) == 5
+    assert numbers("What is this?") == what
+    model.forget()
+    assert (numbers("Why?"), numbers("What is this?")) == (why, what)
 
 
 def test_a_picture_is_encoded_once(
