@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
 
 import torch
 from small import WIDTH, small_model
@@ -100,3 +104,17 @@ def check_owners(engine: Engine) -> None:
     for slot in slots:
         assert slot.table == [block.number for block in slot.blocks]
         assert slot.length <= len(slot.blocks) * prefix.block
+
+
+def is_interrupted(engine: Engine, trace: Callable[[FrameType, str, object], Any]) -> bool:
+    """Run all steps under a trace function. Return whether Ctrl-C interrupted them."""
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        while engine.step():
+            pass
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False

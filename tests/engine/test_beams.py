@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import sys
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any
@@ -17,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kit import IMAGES, KIT, Kit, Received, check_owners
+from kit import IMAGES, KIT, Kit, Received, check_owners, is_interrupted
 from small import small_model
 
 from pumice import InputError
@@ -194,17 +193,7 @@ def test_an_interruption_at_any_line_loses_no_search(kit: Kit) -> None:
         engine = Engine(MODEL, slots=4, cache_tokens=64)
         received, beside = kit.submit(engine, SEARCHES[number]), kit.submit(engine, KIT.prompt(*PARTS[1]))
         countdown = interrupted_at
-        interrupted = False
-        before = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            while engine.step():
-                pass
-        except KeyboardInterrupt:
-            interrupted = True
-        finally:
-            sys.settrace(before)
-        assert interrupted == bool(interrupted_at)
+        assert is_interrupted(engine, trace) == bool(interrupted_at)
         while engine.step():
             check_owners(engine)
         check(number, received)

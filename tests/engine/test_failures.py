@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit import EXPECTED, PROMPTS, Kit, check_owners
+from kit import EXPECTED, PROMPTS, Kit, check_owners, is_interrupted
 from small import VOCABULARY, WIDTH, small_model
 
 from pumice import InputError
@@ -202,18 +201,11 @@ def test_an_interruption_at_any_line_loses_no_token(kit: Kit) -> None:
         engine = Engine(model)
         received = [kit.submit(engine, prompt) for prompt in prompts]
         countdown = interrupted_at
-        interrupted = False
-        before = signal.signal(signal.SIGINT, signal.default_int_handler), sys.gettrace()
-        sys.settrace(trace)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            while engine.step():
-                pass
-        except KeyboardInterrupt:
-            interrupted = True
+            assert is_interrupted(engine, trace) == bool(interrupted_at)
         finally:
-            sys.settrace(before[1])
-            signal.signal(signal.SIGINT, before[0])
-        assert interrupted == bool(interrupted_at)
+            signal.signal(signal.SIGINT, before)
         while engine.step():
             check_owners(engine)
         assert all(sum(delta.finish is not None for delta in one.deltas) == 1 for one in received)

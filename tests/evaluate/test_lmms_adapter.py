@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -60,8 +60,8 @@ def test_beams_are_those_of_the_task(model: Any) -> None:
 def test_the_options_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec("lmms_eval") is None:  # they need no more of it than names to import
         for name in ("", ".api", ".api.model", ".models", ".models.registry_v2"):
-            monkeypatch.setitem(sys.modules, f"lmms_eval{name}", stand_in := ModuleType(name))
-            stand_in.lmms = stand_in.ModelManifest = object  # type: ignore[attr-defined]
+            stand_in: Any = SimpleNamespace(lmms=object, ModelManifest=object)
+            monkeypatch.setitem(sys.modules, f"lmms_eval{name}", stand_in)
         monkeypatch.setitem(sys.modules, adapter := "pumice.evaluate.lmms_adapter", None)
         del sys.modules[adapter]  # what is imported now is forgotten after the test
     from pumice.evaluate.lmms_adapter import sampling

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfFileSystem, constants
+from huggingface_hub.utils import _http
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
@@ -19,6 +22,12 @@ from torch import Tensor
 from pumice.config import DecoderConfig
 from pumice.formats import names as tensor_names
 from pumice.formats.hf.read import open_hf
+from pumice.storage import download
+
+if TYPE_CHECKING:
+    from pretend_hub import Hub
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `pretend_hub`, which test files import
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ hello", "1 2"]
@@ -326,3 +335,25 @@ def original(
         return folder
 
     return make
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub and an empty cache."""
+    from pretend_hub import BLOCK, Hub
+
+    hub = Hub(tmp_path / "hub")
+    address = f"http://127.0.0.1:{hub.server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(download, "BLOCK_BYTES", BLOCK)
+    HfFileSystem.clear_instance_cache()
+    _http.close_session()
+    yield hub
+    hub.server.shutdown()
+    hub.server.server_close()
+    HfFileSystem.clear_instance_cache()
+    _http.close_session()

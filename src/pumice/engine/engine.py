@@ -23,7 +23,7 @@ from pumice.engine.cache import PrefixCache
 from pumice.engine.graphs import DecodeGraphs
 from pumice.engine.native import TRIAL_ROWS, NativeDecoder, native_decoder
 from pumice.engine.requests import Delta, Finish, Prompt, Request, cells_needed, check_room
-from pumice.engine.sampling import TokenLogprob, sample, token_logprobs
+from pumice.engine.sampling import TokenLogprob, random_generator, sample, token_logprobs
 from pumice.engine.scheduler import Scheduler
 from pumice.engine.sizes import cache_size, check_sizes, chunk_size, has_memory, mapped_bytes
 from pumice.engine.snapshot import Snapshot
@@ -118,7 +118,7 @@ class Engine:
         prompt.check(self.model.config.decoder.vocab_size)
         max_cells = cells_needed(prompt, self.model.config.decoder.context, self.cache_tokens)
         # 2. Queue it, and wake the thread that steps.
-        request = Request(prompt, deliver, prompt.params.generator(), max_cells)
+        request = Request(prompt, deliver, random_generator(prompt.params), max_cells)
         with self._changed:
             if self._closed:
                 raise RuntimeError("the engine is closed")

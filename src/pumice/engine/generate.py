@@ -12,7 +12,7 @@ import torch
 
 from pumice.engine.engine import Engine
 from pumice.engine.requests import Delta, Prompt
-from pumice.engine.sampling import sample
+from pumice.engine.sampling import random_generator, sample
 from pumice.model.finite import check_finite
 from pumice.model.llava import Llava
 
@@ -28,7 +28,7 @@ def naive_generate(model: Llava, prompt: Prompt) -> list[int]:
     There is no beam search here: `num_beams` has no effect.
     """
     params, context = prompt.params, model.config.decoder.context
-    generator, image_tokens = params.generator(), prompt.encode_images()
+    generator, image_tokens = random_generator(params), prompt.encode_images()
     constraint = prompt.constraint() if prompt.constraint is not None else None
     history = prompt.input_ids.tolist()
     answer: list[int] = []

@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pumice.config import SAMPLING_RANGES, WITHOUT_BEAMS, asked_for, check_beams
 from pumice.errors import InputError, instead_of
-
-if TYPE_CHECKING:
-    import torch
 
 # The lowest and the highest value of each setting, and the range in words.
 _RANGES = SAMPLING_RANGES | {
@@ -96,8 +93,8 @@ class SamplingParams:
                 )
         # 3. Without a temperature, nothing is drawn. Options for drawing are accepted beside a temperature of
         # 0 that is given explicitly, as clients send both.
-        draws = options.get("temperature") or "temperature" in given
-        if not draws and (idle := asked_for(given, DRAWING)):
+        draws = options.get("temperature")
+        if not draws and "temperature" not in given and (idle := asked_for(given, DRAWING)):
             names, do = " and ".join(idle), "does" if len(idle) == 1 else "do"
             remedy = "leave" if given.get("num_beams", 1) != 1 else "give a temperature, or leave"
             raise InputError(f"{names} {do} nothing where no word is drawn; {remedy} {names} out")
@@ -111,17 +108,6 @@ class SamplingParams:
             if name not in known:
                 raise InputError(f"there is no sampling option {name!r}{instead_of(name, known)}")
         return cls(**options)
-
-    def generator(self) -> torch.Generator:
-        """Return the random generator of one answer. It depends on no other answer, and on no device."""
-        import torch
-
-        generator = torch.Generator()
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.seed)
-        return generator
 
 
 def check_form(given: Mapping[str, Any], form: str) -> None:

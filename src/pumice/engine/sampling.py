@@ -21,6 +21,16 @@ TRIES = 16  # draws from all tokens for one that top_p and min_p allow, before t
 BLOCK = 64  # tokens of the vocabulary that are searched for likely ones together
 
 
+def random_generator(params: SamplingParams) -> torch.Generator:
+    """Return the random generator of one answer. It depends on no other answer, and on no device."""
+    generator = torch.Generator()
+    if params.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(params.seed)
+    return generator
+
+
 class Constraint(Protocol):
     """Restricts the tokens of one answer, one after another."""
 
